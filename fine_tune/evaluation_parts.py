@@ -13,6 +13,7 @@ from fine_tune.evaluation.asking import Generation
 from fine_tune.evaluation.compare import Compare
 from fine_tune.evaluation.exact_match import ExactMatch
 from fine_tune.evaluation.gsm8k import GSM8K
+from fine_tune.evaluation.harness import Harness
 from fine_tune.evaluation.mmlu import MMLU
 from fine_tune.evaluation.perplexity import Perplexity
 from fine_tune.evaluation.preference import Preference
@@ -38,6 +39,8 @@ def build_evaluation(settings: Mapping[str, Any], named: Sequence[Named], *, see
     name = settings["name"]
     if name == "mmlu":
         return MMLU(**{key: value for key, value in settings.items() if key != "name"})
+    if name == "lm_eval":
+        return Harness(seed=seed, **{key: value for key, value in settings.items() if key != "name"})
     if name in ("perplexity", "preference"):
         return _scoring(settings, named)
     data = _data_of(named, ("conversations", "pairs"))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fine_tune.schema import RowFormat
-from fine_tune.schema_types import AtLeast1, Node, NotNegative, Text
+from fine_tune.schema_types import AtLeast0, AtLeast1, Node, NotNegative, Text
 
 TopP = Annotated[float, Field(gt=0, le=1)]
 
@@ -88,8 +88,24 @@ class MMLU(Node):
     pass_tokens: AtLeast1 | None
 
 
+class LMEval(Node):
+    """Tasks of lm-evaluation-harness."""
+
+    name: Literal["lm_eval"]
+    tasks: Annotated[list[Text], Field(min_length=1)]
+    include_path: Text | None
+    num_fewshot: AtLeast0 | None
+    limit: AtLeast1 | None
+    apply_chat_template: bool
+    batch_size: AtLeast1
+    micro_batch_tokens: AtLeast1
+    download: bool
+    unsafe_code: bool
+
+
 # By the name that chooses among them.
 EVALUATIONS: dict[str, type[Node]] = {
     "exact_match": ExactMatch, "compare": Compare, "gsm8k": GSM8K, "perplexity": Perplexity, "preference": Preference, "mmlu": MMLU,
+    "lm_eval": LMEval,
 }  # fmt: skip
-AnyEvaluation = ExactMatch | Compare | GSM8K | Perplexity | Preference | MMLU
+AnyEvaluation = ExactMatch | Compare | GSM8K | Perplexity | Preference | MMLU | LMEval
