@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fine_tune.errors import ConfigError, DataError
+from fine_tune.evaluation.blocked_attention import BLOCKED, Places, register
 from fine_tune.evaluation.generate import generating
+from fine_tune.evaluation.side_by_side import side_by_side
 from fine_tune.losses.logps import log_softmax_rows
 from fine_tune.models.adapter import causal_lm
-from fine_tune.models.base import decoder, output_head
+from fine_tune.models.base import decoder, output_head, set_attention
 
 # What a pass of its own costs, in tokens: below this a shared beginning is cheaper read again.
 PASS_COST_TOKENS = 64
+# Keys and values of a shared beginning are copied for each row of a pass: so many keys for each new token are allowed.
+KEYS_PER_TOKEN = 4
 # Every choice repeats its prompt: all of a benchmark at once would be lists of tens of millions of ids.
 ENCODED_AT_A_TIME = 64
 
@@ -165,7 +170,7 @@ def rows_of(prompt: ChoicePrompt, index: int, context: int) -> list[Row]:
 
 
 def choice_logps(
-    network: nn.Module, prompts: Sequence[ChoicePrompt], *, context: int, pass_tokens: int = 4096
+    network: nn.Module, prompts: Sequence[ChoicePrompt], *, context: int, pass_tokens: int = 1024
 ) -> list[list[float]]:
     """Score every choice of every prompt.
 
@@ -173,7 +178,7 @@ def choice_logps(
         network: A causal language model with packed attention, adapted or not.
         prompts: What to score; those with a common beginning share its computation.
         context: Most tokens that the model sees; longer prompts keep their last ones.
-        pass_tokens: Keys of one forward pass: rows times their length, the shared beginning included.
+        pass_tokens: Most tokens of one forward pass, padding included and shared beginnings not; with those, four times as many.
 
     Returns:
         Log-probabilities in nats, per prompt and choice.
@@ -182,15 +187,26 @@ def choice_logps(
     scores = [[0.0] * len(prompt.endings) for prompt in prompts]
     # A compiled layer would be made anew for every length of the cache.
     with torch.compiler.set_stance("force_eager"), generating(network):
+        _speed_up(network)
         for shared in share_beginnings([row.ids for row in rows]):
             members = [rows[i] for i in shared.members]
             # The state of the first read belongs to the rows: it is where they stop being the same.
             length = min(shared.length, *(row.first_read for row in members))
             cache = _read_beginning(network, members[0].ids[:length])
-            for batch in _batches(members, pass_tokens):
-                for read, logp in _read_rows(network, batch, cache, length):
+            read_rows = partial(_read_rows, network, cache=cache, shared=length)
+            batches = _batches(members, length, pass_tokens)
+            for found in side_by_side(read_rows, batches, causal_lm(network).device):
+                for read, logp in found:
                     scores[read.prompt][read.choice] += logp
     return scores
+
+
+def _speed_up(network: nn.Module) -> None:
+    """On a CPU take an attention of our own; elsewhere torch's kernels are as good."""
+    inner = causal_lm(network)
+    if inner.device.type == "cpu":
+        register()
+        set_attention(inner, BLOCKED)
 
 
 def _read_beginning(network: nn.Module, ids: np.ndarray) -> DynamicCache | None:
@@ -202,18 +218,21 @@ def _read_beginning(network: nn.Module, ids: np.ndarray) -> DynamicCache | None:
     return cache
 
 
-def _batches(rows: Sequence[Row], pass_tokens: int) -> list[list[Row]]:
+def _batches(rows: Sequence[Row], shared: int, pass_tokens: int) -> list[list[Row]]:
     """Rows of similar length together, the longest first, so that running out of memory shows at once."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=lambda row: -len(row.ids)):
-        if not batches or len(batches[-1][0].ids) * (len(batches[-1]) + 1) > pass_tokens:
+        # The first row of a batch is its longest.
+        keys = len(batches[-1][0].ids) if batches else 0
+        most = min(pass_tokens // max(1, keys - shared), KEYS_PER_TOKEN * pass_tokens // max(1, keys))
+        if not batches or len(batches[-1]) >= most:
             batches.append([])
         batches[-1].append(row)
     return batches
 
 
 def _read_rows(
-    network: nn.Module, rows: Sequence[Row], cache: DynamicCache | None, shared: int
+    network: nn.Module, rows: Sequence[Row], *, cache: DynamicCache | None, shared: int
 ) -> list[tuple[Read, float]]:
     inner = causal_lm(network)
     own = [torch.from_numpy(row.ids[shared:]) for row in rows]
@@ -225,12 +244,12 @@ def _read_rows(
         past = copy.deepcopy(cache)
         past.batch_repeat_interleave(len(rows))
         options = {"use_cache": True, "past_key_values": past}
-    states: Tensor = decoder(inner)(input_ids=ids, **options).last_hidden_state
     reads = [(n, read.position - shared, read) for n, row in enumerate(rows) for read in row.reads]
     places = {place: i for i, place in enumerate(dict.fromkeys((n, position) for n, position, _ in reads))}
-    at = torch.tensor(list(places), device=states.device)
-    logps = log_softmax_rows(states[at[:, 0], at[:, 1]], *output_head(inner))
-    where = torch.tensor([places[n, position] for n, position, _ in reads], device=states.device)
-    targets = torch.tensor([read.target for _, _, read in reads], device=states.device)
+    at = Places(*torch.tensor(list(places), device=ids.device).T)
+    states: Tensor = decoder(inner)(input_ids=ids, places=at, **options).last_hidden_state
+    logps = log_softmax_rows(states[at.rows, at.positions], *output_head(inner))
+    where = torch.tensor([places[n, position] for n, position, _ in reads], device=ids.device)
+    targets = torch.tensor([read.target for _, _, read in reads], device=ids.device)
     found = logps[where, targets].double().tolist()
     return [(read, logp) for (_, _, read), logp in zip(reads, found, strict=True)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from fine_tune.models.adapter import causal_lm
 from fine_tune.text.template import ChatTemplate
 
 FORMATS = ("json", "csv", "hub")
-PASS_TOKENS = {"cpu": 4096, "cuda": 16384}
+PASS_TOKENS = {"cpu": 1024, "cuda": 4096}
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class MMLU:
         num_items: So many questions, spread evenly over the subjects; None takes all.
         context_length: Most tokens that the model sees; None takes the model's own limit. Longer prompts keep their last
             tokens, and ``num_cut`` says how many there were.
-        pass_tokens: Keys of one forward pass, the shared examples included; None takes few on a CPU, where caches are small,
-            and many on a GPU.
+        pass_tokens: Most tokens of one forward pass, shared examples not included; None takes few on a CPU, where caches are
+            small, and many on a GPU.
     """
 
     path: str | None = None
@@ -107,13 +107,14 @@ class MMLU:
     def metrics(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return accuracy over questions, its mean over subjects, and both by subject and category."""
         by_subject = _accuracies(lines, lambda line: str(line["subject"]))
+        prefixes = _prefixes((line["subject"], line["prompt"]) for line in lines)
         by_category = _accuracies(lines, lambda line: str(line["category"]))
         order = [name for name in (*CATEGORIES, *sorted(by_category)) if name in by_category]
         return {
             "accuracy": share([line["correct"] for line in lines]),
             "accuracy_macro": share([one["accuracy"] for one in by_subject.values()]),
             "by_category": {name: by_category[name] for name in dict.fromkeys(order)},
-            "by_subject": by_subject,
+            "by_subject": {name: {**one, "num_prefixes": len(prefixes[name])} for name, one in by_subject.items()},
             "choices": {letter: sum(line["choice"] == letter for line in lines) for letter in LETTERS},
             "num_cut": sum(line["cut_tokens"] > 0 for line in lines),
             "token_ids": _scored(line["token_ids"] for line in lines),
@@ -124,10 +125,16 @@ class MMLU:
         return str(line["subject"])
 
     def note(self, items: Sequence[MMLUItem], tokenizer: Any) -> str:
-        """Say which tokens are scored, for the terminal."""
+        """Say which tokens are scored and how prompts begin, for the terminal."""
         scored = _scored(_token_ids(item.encoded) for item in items)
         told = [f"{letter} {ways}" for letter, ways in _told(scored, tokenizer).items()]
-        return f"scores the tokens that a prompt gains by ' A' to ' D': {'; '.join(told)}"
+        prefixes = _prefixes((item.subject, item.prompt) for item in items)
+        several = sum(len(texts) > 1 for texts in prefixes.values())
+        return (
+            f"scores the tokens that a prompt gains by ' A' to ' D': {'; '.join(told)}\n"
+            f"{sum(map(len, prefixes.values()))} different prefixes (up to a prompt's last empty line), more than one in "
+            f"{several} of {len(prefixes)} subjects; {len(self.chunks(items))} groups share the tokens they begin with"
+        )
 
 
 def spread(prompts: Sequence[Prompt], num_items: int | None) -> list[Prompt]:
@@ -136,6 +143,14 @@ def spread(prompts: Sequence[Prompt], num_items: int | None) -> list[Prompt]:
     if num_items is None or num_items >= size:
         return list(prompts)
     return [prompts[i * size // num_items] for i in range(num_items)]
+
+
+def _prefixes(prompts: Iterable[tuple[str, str]]) -> dict[str, set[str]]:
+    """Collect what stands before the last empty line, by subject: the examples, and more where a question has such a line."""
+    found: dict[str, set[str]] = {}
+    for subject, prompt in prompts:
+        found.setdefault(subject, set()).add(prompt.rpartition("\n\n")[0])
+    return found
 
 
 def _own_context(subject: Subject) -> int:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fine_tune.errors import ConfigError, DataError
+from fine_tune.evaluation import choices
 from fine_tune.evaluation.choices import (
     ChoicePrompt,
     choice_logps,
@@ -18,6 +19,7 @@ from fine_tune.evaluation.choices import (
     rows_of,
     share_beginnings,
 )
+from fine_tune.models import attention
 from fine_tune.models.base import decoder, set_attention
 
 from ..models.conftest import VOCABULARY, llama
@@ -74,6 +76,36 @@ def test_shared_beginnings_score_as_plain_texts_do(model: LlamaForCausalLM, pass
     assert gap(ours, theirs[1:] + theirs[:1]) > 1e-3
 
 
+def test_the_attention_of_other_devices_scores_the_same(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    hook = decoder(model).register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
+    ours = choice_logps(model, prompts(), context=64)
+    monkeypatch.setattr(choices, "_speed_up", lambda _network: None)
+    assert gap(ours, choice_logps(model, prompts(), context=64)) < 1e-9
+    hook.remove()
+    assert set(seen) == {"blocked", "sdpa"}
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 100_000])
+def test_windows_of_attention_slide_over_the_shared_beginning(pass_tokens: int) -> None:
+    torch.manual_seed(7)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, use_sliding_window=True, sliding_window=6, max_window_layers=1,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).double()
+    assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
+    attention.register()
+    ours = choice_logps(model, prompts(), context=64, pass_tokens=pass_tokens)
+    assert gap(ours, one_by_one(model, prompts(), 64)) < 1e-9
+    # Control: the windows are seen at all.
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = None
+    assert gap(ours, choice_logps(model, prompts(), context=64)) > 1e-3
+
+
 @pytest.mark.parametrize("context", [24, 14, 3])
 def test_long_prompts_keep_their_last_tokens(model: LlamaForCausalLM, context: int) -> None:
     ours = choice_logps(model, prompts(), context=context)
@@ -98,6 +130,21 @@ def test_the_beginning_is_computed_once_and_one_token_choices_share_a_row(model:
     choice_logps(model, asked, context=64)
     hook.remove()
     assert seen == [(1, 40), (3, 5)]
+
+
+@pytest.mark.parametrize(
+    ("pass_tokens", "passes"), [(20, [(4, 5)]), (100, [(4, 5)]), (19, [(3, 5), (1, 5)]), (1, [(1, 5)] * 4)]
+)
+def test_a_pass_holds_so_many_new_tokens(
+    model: LlamaForCausalLM, pass_tokens: int, passes: list[tuple[int, int]]
+) -> None:
+    first = ids(5, 1)
+    asked = [ChoicePrompt(np.concatenate([first, ids(5, n)]), ((7,), (8,))) for n in range(4)]
+    assert share_beginnings([one.ids for one in asked], pass_cost=2) == [(5, (0, 1, 2, 3))]
+    rows = [row for i, one in enumerate(asked) for row in rows_of(one, i, 64)]
+    assert [(len(batch), len(batch[0].ids) - 5) for batch in choices._batches(rows, 5, pass_tokens)] == passes
+    # Keys of what is shared count a quarter: 32 of them are three rows of 10.
+    assert [len(batch) for batch in choices._batches(rows, 9, 8)] == [3, 1]
 
 
 def test_choices_with_common_first_tokens_lie_in_one_row() -> None:

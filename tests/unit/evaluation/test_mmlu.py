@@ -76,17 +76,17 @@ def test_the_context_is_the_model_s_own_unless_given(subject: Subject, tmp_path:
 
 
 def test_metrics_by_hand() -> None:
-    def line(subject: str, category: str, choice: str, target: str) -> dict[str, Any]:
+    def line(subject: str, category: str, choice: str, target: str, prompt: str = "x\n\ny") -> dict[str, Any]:
         ids = {letter: [i] for i, letter in enumerate("ABCD")}
         return {
             "subject": subject, "category": category, "choice": choice, "target": target, "correct": choice == target,
-            "cut_tokens": 0, "token_ids": ids,
+            "cut_tokens": 0, "token_ids": ids, "prompt": prompt,
         }  # fmt: skip
 
     lines = [
         line("virology", "other", "A", "A"),
         line("virology", "other", "A", "B"),
-        line("virology", "other", "B", "B"),
+        line("virology", "other", "B", "B", "z\n\ny"),
         line("anatomy", "other", "C", "B"),
         line("astronomy", "STEM", "D", "D"),
     ]
@@ -98,7 +98,8 @@ def test_metrics_by_hand() -> None:
         "other": {"num_items": 4, "accuracy": 0.5},
     }
     assert list(metrics["by_category"]) == ["STEM", "other"]
-    assert metrics["by_subject"]["virology"] == {"num_items": 3, "accuracy": 2 / 3}
+    assert metrics["by_subject"]["virology"] == {"num_items": 3, "accuracy": 2 / 3, "num_prefixes": 2}
+    assert metrics["by_subject"]["anatomy"]["num_prefixes"] == 1
     assert metrics["choices"] == {"A": 2, "B": 1, "C": 1, "D": 1}
     assert metrics["token_ids"] == {"A": [[0]], "B": [[1]], "C": [[2]], "D": [[3]]}
 
@@ -108,6 +109,15 @@ def test_the_note_names_the_scored_tokens(tmp_path: Path) -> None:
     evaluation = MMLU(path=str(tmp_path), format="csv", shots=0)
     note = evaluation.note(evaluation.prepare(tokenizer(), None), tokenizer())  # type: ignore[arg-type]
     assert "A 4 ' '+8 'A'; B 4 ' '+9 'B'" in note
+    assert "2 different prefixes (up to a prompt's last empty line), more than one in 0 of 2 subjects" in note
+
+
+def test_a_prefix_ends_at_the_last_empty_line(tmp_path: Path) -> None:
+    file = write(tmp_path) / "val" / "virology_val.csv"
+    file.write_text('"One line\n\nand another?",1,2,3,4,A\nWhich?,1,2,3,4,B\nWho?,1,2,3,4,C\n')
+    evaluation = MMLU(path=str(tmp_path), format="csv")
+    note = evaluation.note(evaluation.prepare(tokenizer(), None), tokenizer())  # type: ignore[arg-type]
+    assert "3 different prefixes (up to a prompt's last empty line), more than one in 1 of 2 subjects; 2 groups" in note
 
 
 def test_modes_and_random_state_come_back(subject: Subject, tmp_path: Path) -> None:

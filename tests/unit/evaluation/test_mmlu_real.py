@@ -64,9 +64,10 @@ def test_every_question_is_in_one_chunk_of_its_subject(five: tuple[MMLU, list[MM
     assert set(per_subject) == set(CATEGORY_OF)
     # Shortened prompts begin like the others for as long as they have examples; not all are worth a group of their own.
     assert {name for name, count in per_subject.items() if count > 1} == SHORTENED - {"high_school_us_history"}
-    assert evaluation.note(items, subject.tokenizer).endswith(
-        "A 410 '\u2581'+447 'A'; B 368 '\u2581B'; C 410 '\u2581'+457 'C'; D 410 '\u2581'+455 'D'"
-    )
+    scored, prefixes = evaluation.note(items, subject.tokenizer).splitlines()
+    assert scored.endswith("A 410 '\u2581'+447 'A'; B 368 '\u2581B'; C 410 '\u2581'+457 'C'; D 410 '\u2581'+455 'D'")
+    # The four with shortened prompts, and two with questions that hold an empty line.
+    assert "96 different prefixes (up to a prompt's last empty line), more than one in 6 of 57 subjects" in prefixes
 
 
 @pytest.mark.parametrize("name", ["abstract_algebra", "high_school_european_history"])
