@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,30 +17,21 @@ from rich.text import Text
 
 from fine_tune.callbacks.progress import progress_bar
 from fine_tune.device import DevicePlan, plan_device
+from fine_tune.errors import RunLocked
 from fine_tune.evaluation.protocol import Evaluation, Subject
+from fine_tune.evaluation.record import Record, Result
+from fine_tune.evaluation.same_items import check_same_items, what_is_asked
 from fine_tune.evaluation.verdict import Verdict, compare, verdict_table
 from fine_tune.evaluation_parts import build_evaluation
 from fine_tune.interrupts import StopSignals
-from fine_tune.opening import say
 from fine_tune.quiet import quiet_libraries
 from fine_tune.report.visible import brief, visible
 from fine_tune.rng import untouched_rng
-from fine_tune.run_folder import versions
-from fine_tune.storage import finite, remove_leftovers, write_json, write_text
+from fine_tune.run_folder import open_folder, versions
+from fine_tune.storage import finite, write_json
 from fine_tune.subjects import Named, Stage, find
 
-ITEMS, METRICS, PARTIAL, PROGRESS = "items.jsonl", "metrics.json", "partial.jsonl", "progress.jsonl"
-KEY, VERDICT = "key.json", "verdict.json"
-
-
-@dataclass
-class Result:
-    """A finished evaluation of one checkpoint."""
-
-    label: str
-    folder: Path
-    lines: list[dict[str, Any]]
-    metrics: dict[str, Any]
+VERDICT = "verdict.json"
 
 
 def run_evaluation(cfg: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,18 +48,41 @@ def run_evaluation(cfg: Mapping[str, Any]) -> dict[str, Any]:
     run = next((one.run for one in reversed(named) if one.run is not None), Path("runs") / named[-1].label)
     place = (Path(cfg["run_dir"]).expanduser() if cfg["run_dir"] else run) / "eval" / evaluation.name
     # Attaching an adapter draws its first values; the caller's random states are its own.
-    with StopSignals(), untouched_rng():
+    with StopSignals(), untouched_rng(), _locked(place):
+        if len(named) > 1:
+            # One of an earlier list; it must not stand beside results that it does not speak of.
+            (place / VERDICT).unlink(missing_ok=True)
         results = evaluate(named, evaluation, {"eval": cfg["eval"], "seed": cfg["seed"]}, place=place, plan=plan)
-    show(results, evaluation)
-    verdicts = judge(results, evaluation, seed=cfg["seed"])
-    if verdicts:
-        write_json(place / VERDICT, [verdict.as_dict() for verdict in verdicts])
-    say(f"everything is in {place}")
+        show(results, evaluation)
+        verdicts = judge(results, evaluation, seed=cfg["seed"])
+        if verdicts:
+            write_json(place / VERDICT, [verdict.as_dict() for verdict in verdicts])
+    _tell(f"everything is in {place}")
     return {
         "results": {result.label: result.metrics for result in results},
         "verdicts": [verdict.as_dict() for verdict in verdicts],
         "folder": str(place),
     }
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Let one process at a time write the results of a place."""
+    try:
+        opened = open_folder(place)
+    except RunLocked as error:
+        raise RunLocked(
+            f"{place} is in use by another evaluation. Wait for it, or write elsewhere with run_dir=<folder>."
+        ) from error
+    try:
+        yield
+    finally:
+        opened.close()
+
+
+def _tell(line: str) -> None:
+    """Print a line whole, so that a path in it can be copied, and with nothing hidden in it."""
+    rich.get_console().print(Text(visible(line)), soft_wrap=True)
 
 
 def judge(results: Sequence[Result], evaluation: Evaluation, *, seed: int) -> list[Verdict]:
@@ -100,102 +114,58 @@ def evaluate(
         plan: Device and precision.
     """
     found: dict[str, Result] = {}
+    first: tuple[str, list[dict[str, Any]]] | None = None
     for key in dict.fromkeys(one.base_key() for one in named):
         group = [one for one in named if one.base_key() == key]
-        with rich.get_console().status(f"loading {group[0].cfg['model']['path']}"):
+        with rich.get_console().status(Text(visible(f"loading {group[0].cfg['model']['path']}"))):
             stage = Stage(group[0], plan)
         # The base last: PEFT then has an adapter to switch off, or there never was one.
         for one in sorted(group, key=lambda one: one.weights is None):
             folder = place if len(named) == 1 else place / one.label
             subject = stage.show(one)
-            found[one.label] = _evaluate(one, subject, evaluation, {**settings, **stage.identity(one)}, folder)
+            items = list(evaluation.prepare(subject.tokenizer, subject.template))[: settings["eval"].get("num_items")]
+            asked = (one.label, what_is_asked(items))
+            first = first or asked
+            if evaluation.compares is not None and len(named) > 1:
+                # Now, not when everything has been computed.
+                check_same_items(first[1], asked[1], names=(first[0], asked[0]))
+            identity = {**settings, **stage.identity(one)}
+            found[one.label] = _evaluate(one, subject, evaluation, items, identity=identity, folder=folder)
         # Before the next base is loaded: two of them need not fit.
         del stage, subject
     return [found[one.label] for one in named]
 
 
 def _evaluate(
-    named: Named, subject: Subject, evaluation: Evaluation, identity: Mapping[str, Any], folder: Path
+    named: Named, subject: Subject, evaluation: Evaluation, items: Sequence[Any], *, identity: Mapping[str, Any], folder: Path
 ) -> Result:
-    items = list(evaluation.prepare(subject.tokenizer, subject.template))[: identity["eval"].get("num_items")]
     chunks = evaluation.chunks(items)
     if (note := getattr(evaluation, "note", None)) is not None:
-        say(note(items, subject.tokenizer))
+        _tell(note(items, subject.tokenizer))
     content = [(item.id, item.prompt, getattr(item, "digest", None), getattr(item, "target", None)) for item in items]
-    asked = hashlib.sha256(json.dumps([content, chunks]).encode()).hexdigest()
-    key = {**identity, "template": subject.template.sha256, "items": asked, "versions": versions()}
-    remove_leftovers(folder)
-    if (done := _finished(folder, key)) is not None:
-        say(f"{named.label}: {len(done.lines)} items are there already ({folder}); delete the folder to do them again.")
+    digest = hashlib.sha256(json.dumps([content, chunks]).encode()).hexdigest()
+    key = {**identity, "template": subject.template.sha256, "items": digest, "versions": versions()}
+    record = Record(folder, key, evaluation.compares)
+    if (done := record.finished()) is not None:
+        _tell(f"{named.label}: {len(done.lines)} items are there already ({folder}); delete the folder to do them again.")
         return done
-    _open(folder, key)
     started = time.perf_counter()
-    lines = _score(named.label, subject, evaluation, items, chunks, folder)
-    metrics = evaluation.metrics(lines)
-    write_text(folder / ITEMS, "".join(_line(line) for line in lines))
+    lines = _score(named.label, subject, evaluation, items, chunks, record)
     report = {
         "name": evaluation.name,
         "checkpoint": named.label,
         "num_items": len(lines),
-        "metrics": metrics,
+        "metrics": evaluation.metrics(lines),
         "seconds": time.perf_counter() - started,
     }
-    write_json(folder / METRICS, report)
-    (folder / PARTIAL).unlink(missing_ok=True)
-    return Result(named.label, folder, lines, metrics)
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(finite(dict(values)), ensure_ascii=True) + "\n"
-
-
-def _finished(folder: Path, key: Mapping[str, Any]) -> Result | None:
-    if not (folder / METRICS).is_file() or _read_key(folder) != _normal(key):
-        return None
-    try:
-        report = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-        lines = [json.loads(line) for line in (folder / ITEMS).read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError):
-        return None  # damaged: done again
-    if report.get("num_items") != len(lines):
-        return None
-    (folder / PARTIAL).unlink(missing_ok=True)
-    return Result(report["checkpoint"], folder, lines, report["metrics"])
-
-
-def _open(folder: Path, key: Mapping[str, Any]) -> None:
-    """Start a folder for this key; what an earlier, different evaluation left there is put away."""
-    if _read_key(folder) == _normal(key):
-        # Nothing of a finished one is left but its chunks: what is there did not read as finished.
-        for name in (METRICS, ITEMS):
-            (folder / name).unlink(missing_ok=True)
-        return
-    for name in (METRICS, ITEMS, PARTIAL, PROGRESS):
-        (folder / name).unlink(missing_ok=True)
-    write_json(folder / KEY, key)
-
-
-def _read_key(folder: Path) -> Any:
-    try:
-        return json.loads((folder / KEY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _normal(key: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(finite(dict(key))))
+    return record.finish(report, lines)
 
 
 def _score(
-    label: str,
-    subject: Subject,
-    evaluation: Evaluation,
-    items: Sequence[Any],
-    chunks: list[list[int]],
-    folder: Path,
+    label: str, subject: Subject, evaluation: Evaluation, items: Sequence[Any], chunks: list[list[int]], record: Record
 ) -> list[dict[str, Any]]:
     """Score the chunks that are not there yet; each is on disk before the next begins."""
-    known = _read_partial(folder / PARTIAL, chunks)
+    known = record.start(chunks)
     with progress_bar() as bar:
         task = bar.add_task(label, total=len(items), note="")
         bar.advance(task, sum(len(chunks[index]) for index in known))
@@ -203,44 +173,10 @@ def _score(
             if index in known:
                 continue
             known[index] = [finite(line) for line in evaluation.score(subject, items, chunk)]
-            _append(folder / PARTIAL, index, known[index])
+            record.add(index, known[index])
             bar.advance(task, len(chunk))
-            _append_progress(folder / PROGRESS, evaluation, known)
     by_item = {i: line for index, lines in known.items() for i, line in zip(chunks[index], lines, strict=True)}
     return [by_item[i] for i in range(len(items))]
-
-
-def _append(file: Path, index: int, lines: list[dict[str, Any]]) -> None:
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"chunk": index, "lines": lines}, ensure_ascii=True) + "\n")
-        stream.flush()
-
-
-def _read_partial(file: Path, chunks: list[list[int]]) -> dict[int, list[dict[str, Any]]]:
-    """Read the chunks of an interrupted evaluation; a line that a kill cut off is cut away for good."""
-    known: dict[int, list[dict[str, Any]]] = {}
-    kept: list[str] = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            entry = json.loads(text)
-            index, lines = int(entry["chunk"]), list(entry["lines"])
-        except (ValueError, KeyError, TypeError):
-            continue
-        if index < len(chunks) and len(lines) == len(chunks[index]):
-            known[index] = lines
-            kept.append(text + "\n")
-    if file.is_file():
-        write_text(file, "".join(kept))
-    return known
-
-
-def _append_progress(file: Path, evaluation: Evaluation, known: Mapping[int, list[dict[str, Any]]]) -> None:
-    if evaluation.compares is None:
-        return
-    found = [line[evaluation.compares] for lines in known.values() for line in lines]
-    values = [float(value) for value in found if value is not None]
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"done": len(values), "mean": sum(values) / len(values) if values else None}) + "\n")
 
 
 def show(results: Sequence[Result], evaluation: Evaluation) -> None:

@@ -57,7 +57,11 @@ def group_options(folder: Path, primary_name: str = "train") -> dict[str, list[s
 def read_words(overrides: Sequence[str], groups: dict[str, list[str]], keys: Sequence[str]) -> Words:
     """Sort overrides into groups and values; whatever is no override becomes a problem and is left out."""
     words = Words({}, {}, set(), [], set())
+    torn = 0
     for position, text in enumerate(overrides, start=1):
+        if torn:
+            torn -= 1
+            continue
         if secret_in_override(text):
             words.problems.append(_secret_problem(text, position))
             words.refused.add(_key_of(text))
@@ -65,7 +69,8 @@ def read_words(overrides: Sequence[str], groups: dict[str, list[str]], keys: Seq
         try:
             parsed = OverridesParser.create().parse_overrides([text])[0]
         except HydraException:
-            words.problems.append(_unreadable(text))
+            torn = _rest_of_list(text, overrides[position:])
+            words.problems.append(_unreadable(" ".join([text, *overrides[position : position + torn]])))
             words.refused.add(_key_of(text))
             continue
         problem = _form_problem(parsed, groups, keys) or _take(parsed, words, groups)
@@ -109,7 +114,32 @@ def _unreadable(text: str) -> str:
     key, separator, value = text.partition("=")
     if not separator or not re.fullmatch(r"[+~]*[\w./@]+", key):
         return f"{text}: not key=value. Write a key, =, and its value."
+    if value.startswith("["):
+        return f"{_key_of(text)} = {value}: a list that cannot be read. Quote it and what is in it: {_quoted_list(key, value)}."
     return f"{_key_of(text)} = {value}: special characters. Quote the value: {key}=\"'{value}'\"."
+
+
+def _rest_of_list(text: str, following: Sequence[str]) -> int:
+    """Count the words after one that opens a list, up to the one that closes it: the shell cut it at its spaces."""
+    if not text.partition("=")[2].startswith("[") or text.endswith("]"):
+        return 0
+    ends = [number for number, word in enumerate(following, start=1) if word.endswith("]")]
+    upto = ends[0] if ends else 0
+    return 0 if any(re.match(r"[+~]*[\w./@]+=", word) for word in following[:upto]) else upto
+
+
+def _quoted_list(key: str, value: str) -> str:
+    """Write a list so that the shell hands it over whole and every part of it is one text.
+
+    Example:
+        >>> print(_quoted_list("ckpt", "[base, runs/my run]"))
+        "ckpt=[base,'runs/my run']"
+    """
+    parts = [part.strip().strip("'\"") for part in value.removeprefix("[").removesuffix("]").split(",")]
+    quoted = ["'" + part.replace("'", r"\'") + "'" for part in parts]
+    plain = [re.fullmatch(r"[\w./:+-]+", part, re.ASCII) is not None for part in parts]
+    listed = ",".join(part if bare else text for part, text, bare in zip(parts, quoted, plain, strict=True) if part)
+    return f'"{key}=[{listed}]"'
 
 
 def _secret_problem(text: str, position: int) -> str:
@@ -133,7 +163,7 @@ def _form_problem(parsed: Override, groups: dict[str, list[str]], keys: Sequence
         return unknown_key(f"{key}@{parsed.package}", [*keys, *groups])
     if parsed.is_sweep_override():
         value = text.partition("=")[2]
-        return f"{key} = {value}: several values. Pass -m to sweep over them, or write a list as [{value}]."
+        return f"{key} = {value}: several values. Write a list as [{value}], or pass -m to train.py to sweep over them."
     return None
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Named:
         weights: The adapter's file; None for the base and for whole models.
         run: The run it belongs to, if any.
         whole: It is a model of its own, evaluated unquantised in its own dtype.
+        place: The folder whose name begins the label; None for ``base``.
     """
 
     label: str
@@ -54,6 +55,7 @@ class Named:
     weights: Path | None
     run: Path | None
     whole: bool = False
+    place: Path | None = None
 
     def base_key(self) -> str:
         """Name what is loaded underneath; checkpoints that agree in it share one loaded base."""
@@ -93,12 +95,13 @@ def _find(word: str, defaults: Mapping[str, Any]) -> Named:
     if (folder / checkpoints.ADAPTER_FILE).is_file() and (folder.parents[1] / "config.yaml").is_file():
         checkpoints.verify(folder)
         run = folder.parents[1]
-        return Named(_label(f"{run.name}-{folder.name}"), _read_config(run), folder / checkpoints.ADAPTER_FILE, run)
+        label = _label(f"{run.name}-{folder.name}")
+        return Named(label, _read_config(run), folder / checkpoints.ADAPTER_FILE, run, place=run)
     if (folder / "adapter_config.json").is_file():
         return _of_adapter(folder, label, defaults)
     if (folder / "config.json").is_file() or (not folder.parent.is_dir() and HUB_ID.fullmatch(word)):
         model = {**defaults["model"], "path": word, "revision": defaults["model"].get("revision")}
-        return Named(label, {**defaults, "model": model}, None, None, whole=True)
+        return Named(label, {**defaults, "model": model}, None, None, whole=True, place=folder)
     raise CheckpointError(
         f"ckpt={word}: neither a run, a checkpoint of one, a PEFT adapter folder nor a model. Pass one of these, or base."
     )
@@ -107,26 +110,27 @@ def _find(word: str, defaults: Mapping[str, Any]) -> Named:
 def _of_run(folder: Path, label: str) -> Named:
     cfg = _read_config(folder)
     if (folder / "adapter" / "config.json").is_file():
-        path = str(folder / "adapter")
-        return Named(label, {**cfg, "model": {**cfg["model"], "path": path, "revision": None}}, None, folder, whole=True)
+        cfg["model"] |= {"path": str(folder / "adapter"), "revision": None}
+        return Named(label, cfg, None, folder, whole=True, place=folder)
     if (folder / "adapter" / "adapter_model.safetensors").is_file():
-        return Named(label, cfg, folder / "adapter" / "adapter_model.safetensors", folder)
+        return Named(label, cfg, folder / "adapter" / "adapter_model.safetensors", folder, place=folder)
     newest, _ = checkpoints.latest(folder / "checkpoints")
     if newest is None:
         raise CheckpointError(f"ckpt={folder}: this run has no adapter and no checkpoint yet. Resume it first.")
-    return Named(label, cfg, newest.folder / checkpoints.ADAPTER_FILE, folder)
+    return Named(label, cfg, newest.folder / checkpoints.ADAPTER_FILE, folder, place=folder)
 
 
 def _of_adapter(folder: Path, label: str, defaults: Mapping[str, Any]) -> Named:
     """Take an adapter folder: one of ours knows its run, a foreign one its base and its shape."""
     if (folder.parent / "config.yaml").is_file():
-        label = _label(f"{folder.parent.name}-{folder.name}")
-        return Named(label, _read_config(folder.parent), find_adapter_file(folder, key="ckpt"), folder.parent)
+        run = folder.parent
+        label = _label(f"{run.name}-{folder.name}")
+        return Named(label, _read_config(run), find_adapter_file(folder, key="ckpt"), run, place=run)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     model = dict(defaults["model"])
     if defaults.get("model_is_default", True) and settings.get("base_model_name_or_path"):
         model |= {"path": settings["base_model_name_or_path"], "revision": settings.get("revision")}
-    return Named(label, {**defaults, "model": model}, find_adapter_file(folder, key="ckpt"), None)
+    return Named(label, {**defaults, "model": model}, find_adapter_file(folder, key="ckpt"), None, place=folder)
 
 
 def _read_config(run: Path) -> dict[str, Any]:
@@ -138,14 +142,36 @@ def _read_config(run: Path) -> dict[str, Any]:
 
 
 def _label(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:64] or "checkpoint"
+    # The end of a long name tells more: a step, a hash, a number.
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[-64:].strip(".-") or "checkpoint"
 
 
 def _distinct(named: list[Named]) -> list[Named]:
-    labels = [one.label for one in named]
-    if len(set(labels)) < len(labels):
-        raise ConfigError(f"ckpt: two of them are named {sorted(x for x in labels if labels.count(x) > 1)[0]}. Leave one out.")
+    """Put the names of parent folders before labels that are the same, until none is.
+
+    Raises:
+        ConfigError: Two words name the same checkpoint.
+    """
+    asked = [(one.label, one.place) for one in named]
+    if len(set(asked)) < len(asked):
+        twice = next(place or label for label, place in asked if asked.count((label, place)) > 1)
+        raise ConfigError(f"ckpt: two of them are {twice}. Leave one out.")
+    above = [list(one.place.parts[:-1]) if one.place else [] for one in named]
+    while same := _same([one.label for one in named]):
+        higher = any(above[i] for i in same)
+        for i in same:
+            if above[i]:
+                named[i] = replace(named[i], label=_label(f"{above[i].pop()}-{named[i].label}"))
+            elif not higher:
+                # The names differ only in what a label cannot hold.
+                named[i] = replace(named[i], label=_label(f"{named[i].label}-{i + 1}"))
     return named
+
+
+def _same(labels: list[str]) -> list[int]:
+    """Return the places of labels that would be one folder, also where capitals do not count."""
+    folded = [label.casefold() for label in labels]
+    return [i for i, label in enumerate(folded) if folded.count(label) > 1]
 
 
 class Stage:

@@ -19,6 +19,7 @@ USAGE = """usage: fine-tune evaluate ckpt=<checkpoints> [eval=<name>] [key=value
   eval.path=<file>                  the questions, where the run's own are not meant
   run_dir=<folder>                  where eval/<name>/ is written, instead of the run's folder
 
+In zsh, and with spaces in a name, quote a list: "ckpt=[base,'runs/my run']".
 Every setting has a comment in conf/eval/<name>.yaml."""
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fine_tune.data.prepare import EvalItem
 from fine_tune.evaluation.answers import Answerer, Completion
+from fine_tune.evaluation.scores import share
 from fine_tune.storage import write_json, write_text
 from fine_tune.text.answers import is_correct
 
@@ -55,10 +56,15 @@ def write_held_out(
             "target": item.answer,
             "correct": None if rule is None else is_correct(completion.text, item.answer, rule),
             "num_tokens": completion.num_tokens,
+            "stopped": completion.stopped,
         }
         lines.append(json.dumps(line, ensure_ascii=True))
     write_text(folder / "items.jsonl", "\n".join(lines) + "\n")
-    metrics = {"exact_match": result.exact_match, "mean_completion_tokens": result.mean_completion_tokens}
+    metrics = {
+        "exact_match": result.exact_match,
+        "mean_completion_tokens": result.mean_completion_tokens,
+        "stop_rate": share([completion.stopped for completion in result.completions]),
+    }
     write_json(
         folder / "metrics.json",
         {
@@ -76,5 +82,5 @@ def read_held_out(folder: Path) -> HeldOut:
     """Read back what :func:`write_held_out` wrote."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["metrics"]
     lines = [json.loads(line) for line in (folder / "items.jsonl").read_text(encoding="utf-8").splitlines()]
-    said = tuple(Completion(line["completion"], line["num_tokens"]) for line in lines)
+    said = tuple(Completion(line["completion"], line["num_tokens"], line.get("stopped")) for line in lines)
     return HeldOut(metrics["exact_match"], metrics["mean_completion_tokens"], said)

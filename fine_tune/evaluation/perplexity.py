@@ -14,6 +14,16 @@ from fine_tune.evaluation.scored_rows import ScoredRow, logps_of, pack_items, pa
 from fine_tune.text.template import ChatTemplate
 
 
+@dataclass(frozen=True)
+class LearnedRow(ScoredRow):
+    """A row that knows how many of its tokens are scored."""
+
+    @property
+    def tokens(self) -> int:
+        """Its learned tokens."""
+        return int(self.table.supervised[self.index])
+
+
 @dataclass
 class Perplexity:
     """Nats per learned token over a prepared table.
@@ -43,7 +53,7 @@ class Perplexity:
         if self.split not in ("val", "train"):
             raise ConfigError(f"eval.split={self.split}: unknown. Choose one of train, val.")
 
-    def prepare(self, tokenizer: Any, template: ChatTemplate) -> list[ScoredRow]:
+    def prepare(self, tokenizer: Any, template: ChatTemplate) -> list[LearnedRow]:
         """Prepare the table, from the cache where it is known.
 
         Raises:
@@ -54,7 +64,8 @@ class Perplexity:
         table = prepared.val if self.split == "val" else prepared.train
         if len(table) and table.branches(0):
             raise ConfigError("eval=perplexity: the data are preference pairs. Use eval=preference, or other data.")
-        found = scored_rows(table, tokenizer, limit=self.num_items)
+        rows = scored_rows(table, tokenizer, limit=self.num_items)
+        found = [LearnedRow(row.id, row.prompt, row.index, row.table) for row in rows]
         if not found:
             raise DataError(
                 f"eval.split={self.split}: the data have no such row. Raise data.val_share, or set data.val_path."

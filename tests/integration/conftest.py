@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from fine_tune import checkpoints
 from fine_tune.interrupts import Interrupted
 from fine_tune.modules.step import StepModule
 from fine_tune.packing.batches import StepBatch
+
+from .asked import QUESTIONS, write_lines
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -127,6 +131,48 @@ def small_pairs_job(pair_stand_in: tuple[Path, Path], run_dir: Path, *more: str)
         "objective=dpo", "data=preferences", *words, "objective.beta=0.1", "method.dropout=0.0", "trainer.micro_batch_tokens=96",
         "trainer.val_every_n_steps=3", *more,
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(stand_in: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Train a run to evaluate, once per name; its adapter has moved away from zero."""
+    root = tmp_path_factory.mktemp("trained")
+
+    def train(name: str, *more: str) -> Path:
+        if not (root / name / "summary.json").is_file():
+            steps = ["trainer.max_steps=4", "optim.lr=3e-2", "callbacks.preview=null"]
+            words = [word for word in small_job(stand_in, root / name, *steps) if "dropout" not in word]
+            fine_tune.train([*words, *more])
+        return root / name
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def nf4(trained: Callable[..., Path]) -> Path:
+    """A run on the 4-bit base."""
+    return trained("nf4")
+
+
+@pytest.fixture(scope="session")
+def lora(trained: Callable[..., Path]) -> Path:
+    """A run on the base as it is stored."""
+    return trained("lora", "method=lora", "method.rank=4")
+
+
+@pytest.fixture(scope="session")
+def full(trained: Callable[..., Path]) -> Path:
+    """A run that trained every weight."""
+    return trained("full", "method=full")
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts with one answer that nobody gives."""
+    rng = random.Random(5)
+    prompts = [" ".join(rng.choices(WORDS, k=rng.randint(2, 9))) for _ in range(QUESTIONS)]
+    rows = [{"id": f"q{i}", "prompt": prompt, "answer": "w0 w0 w0"} for i, prompt in enumerate(prompts)]
+    return write_lines(tmp_path_factory.mktemp("questions") / "questions.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
