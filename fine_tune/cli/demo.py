@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fine_tune.errors import ConfigError, FineTuneError
+from fine_tune.report.visible import visible
 
 USAGE = """usage: fine-tune demo [out=<folder>] [open=true|false]
 
@@ -30,11 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         out, shown = _read(words)
         report = demo(out)
     except FineTuneError as error:
-        print(error, file=sys.stderr)
+        # Paths in it may hold anything.
+        print(visible(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    print(f"the report: {report}")
+    print(visible(f"the report: {report}"))
     if shown:
         webbrowser.open(report.resolve().as_uri())
     return 0

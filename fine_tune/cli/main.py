@@ -12,6 +12,7 @@ VERBS = {
     "train": ("fine_tune.cli.train", "fine-tune a model: fine-tune train model=llama2_7b data=oasst1"),
     "evaluate": ("fine_tune.cli.evaluate", "ask checkpoints: fine-tune evaluate ckpt=[base,runs/sft] eval=exact_match"),
     "report": ("fine_tune.cli.report", "one page of a run or of several: fine-tune report runs/sft runs/dpo"),
+    "study": ("fine_tune.cli.study", "runs compared, asked and reported: fine-tune study side_by_side ckpt=[base,runs/sft]"),
     "demo": ("fine_tune.cli.demo", "the whole story on the built-in world: base, SFT, DPO, verdict, report"),
 }
 

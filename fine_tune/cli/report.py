@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fine_tune.errors import ConfigError, FineTuneError
 from fine_tune.report.page import write_report
+from fine_tune.report.visible import visible
 
 USAGE = """usage: fine-tune report <run> [<run> ...] [out=<file>]
 
@@ -29,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if words else 2
     try:
         folders, out = _read(words)
-        print(write_report(folders[0], out, others=folders[1:]))
+        print(visible(str(write_report(folders[0], out, others=folders[1:]))))
     except FineTuneError as error:
-        print(error, file=sys.stderr)
+        # Paths in it may hold anything.
+        print(visible(str(error)), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130

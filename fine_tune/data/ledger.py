@@ -17,6 +17,7 @@ from fine_tune.errors import DataError
 Split = Literal["train", "val", "unsplit"]
 MAX_EXAMPLES = 5
 PERCENTILES = (50, 90, 95, 99, 100)
+MAX_BINS = 40
 # Reasons for leaving a row out that the data or the config asks for. They count as dropped, but not as lost.
 BY_DESIGN = frozenset(
     {
@@ -127,17 +128,19 @@ class Ledger:
         self.max_seq_len = max_seq_len
         self.tallies: dict[tuple[str, Split], Tally] = {}
         self.length_percentiles: dict[str, int] = {}
+        self.length_histogram: dict[str, list[int]] = {}
 
     def of(self, source: str, split: Split) -> Tally:
         """The tally of a source and split, made on first use."""
         return self.tallies.setdefault((source, split), Tally())
 
     def set_lengths(self, lengths: Iterable[int]) -> None:
-        """Keep percentiles of the rows' lengths in tokens before any cut."""
+        """Keep percentiles and a histogram of the rows' lengths in tokens before any cut."""
         values = np.fromiter(lengths, dtype=np.int64)
         if values.size:
             found = np.percentile(values, PERCENTILES, method="inverted_cdf")
             self.length_percentiles = {f"p{p}": int(v) for p, v in zip(PERCENTILES, found, strict=True)}
+            self.length_histogram = _histogram(values)
 
     @property
     def total(self) -> Tally:
@@ -214,6 +217,7 @@ class Ledger:
             "lost_share": self.lost_share,
             "max_seq_len": self.max_seq_len,
             "length_percentiles": self.length_percentiles,
+            "length_histogram": self.length_histogram,
             "parts": [{"source": s, "split": p, **_plain(tally)} for (s, p), tally in self.tallies.items()],
         }
 
@@ -222,6 +226,8 @@ class Ledger:
         """Read back what `as_dict` wrote."""
         ledger = cls(max_seq_len=values["max_seq_len"])
         ledger.length_percentiles = dict(values["length_percentiles"])
+        # Tables that were cached before there was one have none.
+        ledger.length_histogram = dict(values.get("length_histogram", {}))
         for part in values["parts"]:
             known = {name.name: part[name.name] for name in fields(Tally)}
             known["dropped"], known["cut"] = Counter(known["dropped"]), Counter(known["cut"])
@@ -272,3 +278,12 @@ def _sum(tallies: Iterable[Tally]) -> Tally:
 
 def _rounded_up(share: float) -> float:
     return min(1.0, (int(share * 100) + 1) / 100)
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, list[int]]:
+    """Count rows between whole edges of equal distance; a row as long as an edge belongs to the bin that starts there."""
+    low, high = int(lengths.min()), int(lengths.max())
+    width = -(-(high - low + 1) // MAX_BINS)
+    edges = list(range(low, high + 1, width))
+    counts = np.bincount((lengths - low) // width, minlength=len(edges))
+    return {"edges": [*edges, edges[-1] + width], "counts": [int(count) for count in counts]}

@@ -104,7 +104,7 @@ def draw(title: str, series: Sequence[Series], *, unit: str = "") -> Chart | Non
         title,
         unit,
         tuple(_drawn(line, place) for line in shown),
-        tuple(Tick(place.x(t), _label(t)) for t in ticks(x_low, x_high, 5) if x_low <= t <= x_high),
+        tuple(Tick(place.x(t), _label(t)) for t in _whole(ticks(x_low, x_high, 5)) if x_low <= t <= x_high),
         tuple(Tick(place.y(t), _label(t)) for t in y_ticks),
     )
 
@@ -121,6 +121,12 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     step = next(power * times for times in (1, 2, 5, 10) if power * times >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [index * step for index in range(first, last + 1)]
+
+
+def _whole(places: Sequence[float]) -> Sequence[float]:
+    """Leave out places between two steps, unless there are no others."""
+    whole = [place for place in places if place.is_integer()]
+    return whole if len(whole) > 1 else places
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fine_tune.report.histogram import Histogram, histogram
 from fine_tune.report.reading import section
 from fine_tune.report.tables import Cell, Table, cell
 from fine_tune.report.visible import brief, number, plain
 
 COLUMNS = ("source", "split", "read", "kept", "cut", "dropped", "tokens kept", "learned")
 REASONS = ("reason", "source", "split", "rows", "for example")
+# Rows that are named as examples of a reason.
+MAX_NAMED = 2
 # Width of the longest bar in the drawing's own units.
 BAR = 240
 
@@ -34,6 +37,7 @@ class Account:
     parts: Table
     reasons: Table | None
     lengths: tuple[Bar, ...]
+    histogram: Histogram | None
     limit: str
     limit_at: str
 
@@ -55,6 +59,7 @@ def account(ledger: Mapping[str, Any]) -> Account | None:
         Table("rows", COLUMNS, tuple(_counts(part) for part in ([*parts, total] if len(parts) != 1 else parts))),
         Table("reasons", REASONS, reasons) if reasons else None,
         tuple(_bars(ledger, longest, limit)),
+        histogram(section(dict(ledger), "length_histogram"), limit),
         "" if limit is None else plain(ledger["max_seq_len"]),
         f"{(limit or 0.0) / longest * BAR:.1f}",
     )
@@ -82,7 +87,7 @@ def _reasons(part: Mapping[str, Any]) -> Iterator[tuple[Cell, ...]]:
     for kind in ("dropped", "cut"):
         for reason, count in section(dict(part), kind).items():
             named = examples.get(reason) if kind == "dropped" else None
-            shown = ", ".join(plain(name) for name in named[:5]) if isinstance(named, list) else ""
+            shown = ", ".join(plain(name) for name in named[:MAX_NAMED]) if isinstance(named, list) else ""
             yield (
                 Cell(f"{kind}: {brief(str(reason), 200)}"),
                 Cell(plain(part.get("source"))),

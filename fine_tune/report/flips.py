@@ -21,8 +21,19 @@ def flipped(run: RunFiles, evaluation: EvaluationFiles, verdict: Mapping[str, An
         return None
     wanted = {name for _, name in changed[:MAX_FLIPS]}
     said = {label: _items(run, place, wanted) for label, place in _sides(evaluation, verdict)}
-    said = {label: items for label, items in said.items() if items}
-    if not said:
+    return flips_table(changed, {label: items for label, items in said.items() if items})
+
+
+def flips_table(
+    changed: Sequence[tuple[str, str]], said: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> Table | None:
+    """Lay out flips; None without any item to show.
+
+    Args:
+        changed: ``lost`` or ``gained``, and the item's id.
+        said: The items of each side by id, by the side's name.
+    """
+    if not said or not changed:
         return None
     rows = tuple(_row(change, name, list(said.values())) for change, name in changed[:MAX_FLIPS])
     columns = ("flip", "id", "prompt", "wanted", *(f"{label} said" for label in said))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from fine_tune.report.charts import Chart, Series, draw, series_of
+from fine_tune.report.charts import Chart, draw, series_of
 from fine_tune.report.reading import RunFiles
 from fine_tune.report.visible import number
 
@@ -85,13 +85,10 @@ def compared_charts(runs: Sequence[RunFiles]) -> list[Chart]:
         same = [run for run in runs if _unit(run) == unit]
         if len(same) < 2:
             continue
-        for key, title in (("train/loss", "Training loss"), ("val/loss", "Validation loss")):
-            charts.append(draw(title, [_of_run(run, key, i) for i, run in enumerate(same)], unit=unit))
+        for key, title, dashed in (("train/loss", "Training loss", False), ("val/loss", "Validation loss", True)):
+            lines = [series_of(run.metrics, key, run.name, colour=i % 6, dashed=dashed) for i, run in enumerate(same)]
+            charts.append(draw(title, lines, unit=unit))
     return [chart for chart in charts if chart is not None]
-
-
-def _of_run(run: RunFiles, key: str, position: int) -> Series:
-    return series_of(run.metrics, key, run.name, colour=position % 6)
 
 
 def _unit(run: RunFiles) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,11 +44,13 @@ class RunFiles:
     Attributes:
         path: The run's folder.
         config_text: config.yaml as it stands; ``config`` is what it says.
+        alias: What it is called in a study, where that is not its folder's name.
         missing: Files that are not there, with what they would have told.
         damaged: Unreadable files, and how many lines of others were skipped.
     """
 
     path: Path
+    alias: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -61,13 +64,23 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """What the run is called: its folder's name."""
-        return self.path.name
+        """What the run is called: its folder's name, unless a study calls it otherwise."""
+        return self.alias or self.path.name
+
+    @property
+    def label(self) -> str:
+        """What evaluations call it: its name, without what may not stand in a folder's name."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip(".-")[:64] or "checkpoint"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether there is anything of a training in it."""
+        return len(self.missing) < len(FILES)
 
     @property
     def is_run(self) -> bool:
         """Whether a run left this folder; results of evaluations may stand in one of their own."""
-        return len(self.missing) < len(FILES) or (self.path / "eval").is_dir()
+        return self.is_trained or (self.path / "eval").is_dir()
 
     @property
     def objective(self) -> str:

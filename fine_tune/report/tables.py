@@ -15,6 +15,8 @@ MAX_CELL = 600
 MAX_INLINE = 3
 # Words a verdict is told in, and the colour of each.
 TONES = {"better": "good", "worse": "bad", "cannot tell": "open"}
+# What a verdict's sentence, its place and its colour tell already.
+TOLD = ("sentence", "word", "field", "higher_is_better", "binary", "names")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Verdict:
     sentence: str
     tone: str
     shown: Shown = field(default_factory=Shown)
+    flips: str = ""
 
 
 def cell(value: Any) -> Cell:
@@ -91,9 +94,15 @@ def verdict(source: str, tree: Mapping[str, Any], flips: Table | None = None) ->
     said = sentence if isinstance(sentence, str) else ""
     outcomes = [value.replace("_", " ") for value in tree.values() if isinstance(value, str)]
     tone = next((TONES[outcome] for outcome in outcomes if outcome in TONES), "open")
-    told = ("sentence",) if flips is None else ("sentence", "gained", "lost")
+    told = TOLD if said else ()
+    told = told if flips is None else (*told, "gained", "lost")
     shown = show(_with_names(tree), skip=told)
-    return Verdict(source, brief(said), tone, shown if flips is None else Shown(shown.facts, (*shown.tables, flips)))
+    if flips is None:
+        return Verdict(source, brief(said), tone, shown)
+    count = len(flips.rows) + flips.left_out
+    number_of = f"{count:,} flipped {'item' if count == 1 else 'items'}"
+    # The items themselves before figures by group: they are what a reader can judge.
+    return Verdict(source, brief(said), tone, Shown(shown.facts, (flips, *shown.tables)), number_of)
 
 
 def _with_names(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def write_run(folder: Path, word: str) -> Path:
         word: word,
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    write_json(folder / "manifest.json", {"versions": {word: word}, "command": word, "seed": word, word: word})
+    write_json(folder / "manifest.json", {"versions": {word: word}, "command": f"__main__.py {word}", "seed": word, word: word})
     numbers = {"exact_match": 0.5, "base_exact_match": 0.0, "steps": 3, "final_loss": 1.0, "peak_memory_gb": 1.5}
     texts = dict.fromkeys(("objective", "method", "model", "device", "precision", "loss_unit", "run_name", "mfu"), word)
     write_json(folder / "summary.json", {**numbers, **texts, word: word})
@@ -98,7 +98,8 @@ def write_run(folder: Path, word: str) -> Path:
         "examples": {word: [word]},
         "tokens": {"kept": 9},
     }
-    ledger = {**part, "lost_share": word, "max_seq_len": 8, "length_percentiles": {word: 9}}
+    lengths = {"length_percentiles": {word: 9}, "length_histogram": {"edges": [1, 5, 10], "counts": [2, 1]}}
+    ledger = {**part, **lengths, "lost_share": word, "max_seq_len": 8}
     write_json(folder / "data_ledger.json", {**ledger, "parts": [{"source": word, "split": word, **part}]})
     for name, metrics in (("held_out", {word: word, "by": {word: {word: word}}}), ("held_out_base", {word: 0.5})):
         place = folder / "eval" / name
@@ -117,7 +118,20 @@ def write_run(folder: Path, word: str) -> Path:
     }
     write_json(folder / "eval" / "held_out" / "verdict_other.json", {"by": {word: {word: word}}, "flips": flips})
     write_json(folder / "eval" / "held_out" / "verdict.json", verdict)
+    _write_comparison(folder / "eval" / "exact_match", word)
     return folder
+
+
+def _write_comparison(place: Path, word: str) -> None:
+    """An evaluation of three checkpoints with flips, groups, and figures of its own."""
+    for label, right in (("base", False), ("sft", True), ("dpo", True)):
+        metrics = {"accuracy": 0.5, word: word, "by_subject": {word: {"accuracy": 0.5, word: word}}}
+        write_json(place / label / "metrics.json", {"checkpoint": word, "num_items": 2, "metrics": metrics, word: word})
+        item = {"prompt": word, "completion": word, "target": word, "correct": right, word: word}
+        write_jsonl(place / label / "items.jsonl", [{"id": word, **item}])
+    sides = {"names": ["base", "sft"], "gained": [word], "lost": [], "binary": True, "word": "better"}
+    groups = [{"name": word, "num_items": 1, "mean_a": 0.0, "mean_b": 1.0, "word": word}]
+    write_json(place / "verdict.json", [{"sentence": word, **sides, "groups": groups}, {"sentence": word, "binary": False}])
 
 
 @pytest.fixture

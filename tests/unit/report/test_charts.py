@@ -106,3 +106,12 @@ def test_lines_come_in_the_order_of_steps_and_the_later_of_two_counts() -> None:
         {"step": 4, "a": "x"},
     ]
     assert series_of(lines, "a", "a").points == [(1.0, 5.0), (2.0, 3.0), (4.0, None)]
+
+
+def test_a_short_run_has_no_half_steps_on_its_axis() -> None:
+    chart = draw("Loss", [Series("train", [(1, 4.0), (2, 1.0), (3, 0.0)])])
+    assert chart is not None
+    assert [tick.label for tick in chart.x_ticks] == ["1", "2", "3"]
+    between = draw("Loss", [Series("train", [(0.25, 4.0), (0.75, 1.0)])])
+    assert between is not None
+    assert len(between.x_ticks) > 2

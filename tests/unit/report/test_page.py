@@ -10,10 +10,11 @@ import yaml
 from fine_tune.cli.report import main
 from fine_tune.config import check_config
 from fine_tune.report import tables
-from fine_tune.report.answers import in_order, previews, side_by_side
+from fine_tune.report.answers import in_order, side_by_side
 from fine_tune.report.data_account import account
 from fine_tune.report.page import write_report
 from fine_tune.report.panels import charts_of, further_charts
+from fine_tune.report.previews import previews
 from fine_tune.report.reading import RunFiles, read_run
 from fine_tune.report.settings import Difference, differing
 from fine_tune.report.visible import plain, visible
@@ -84,9 +85,10 @@ def test_previews_keep_the_last_step_and_say_what_is_left_out(tmp_path: Path) ->
         {"step": s, "prompt": "p", "completion": f"c{s}", "base_completion": "b"} for s in range(100, -1, -1)
     ]
     run.previews += [{"step": None, "prompt": "p"}, {"prompt": 4}]
-    (shown,) = previews(run)
-    assert (shown.now, shown.base, len(shown.steps), shown.left_out) == (("100", "c100"), "b", 34, 67)
-    assert [int(step) for step, _ in shown.steps] == list(range(1, 101, 3))
+    (shown,) = previews([run])
+    (said,) = shown.runs
+    assert (said.now, shown.base, len(said.steps), shown.left_out) == (("100", "c100"), "b", 34, 67)
+    assert [int(step) for step, _ in said.steps] == list(range(1, 101, 3))
 
 
 def test_preferences_have_their_figures_and_the_rest_is_further(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_values_of_wrong_kinds_are_shown_as_they_are(plain_run: Path) -> None:
     write_json(plain_run / "eval" / "held_out" / "verdict.json", [{"sentence": 3, "groups": 4, "gained": {"a": 1}}, 5])
     text = page_of(plain_run).text
     assert "ninety" in text
-    assert "python 7" in text
+    assert "\n7\n" in text
     assert "plain/eval/held_out/verdict.json: damaged, left out" in text
 
 
