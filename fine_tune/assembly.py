@@ -93,8 +93,6 @@ def load_network(
 ) -> nn.Module:
     """Load the base and attach what trains."""
     network = load_bare(cfg, folder, tokenizer, plan)
-    if cfg["trainer"]["activation_checkpointing"]:
-        enable_activation_checkpointing(network)
     # Seeded here and not earlier: loading a base must not move the adapter's first values.
     seed_everything(cfg["seed"])
     return attach(network, adapter_spec(cfg, tokenizer))
@@ -115,15 +113,6 @@ def adapter_spec(cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
         use_dora=method["use_dora"],
         new_tokens=_new_tokens(cfg["model"], tokenizer),
     )
-
-
-def enable_activation_checkpointing(network: Any) -> None:
-    """Recompute layer activations in the backward pass (the method's name changed in transformers 5.23)."""
-    enable = getattr(network, "activation_checkpointing_enable", None)
-    if enable is not None:
-        enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    else:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def optim_spec(optim: Mapping[str, Any]) -> OptimSpec:

@@ -28,6 +28,11 @@ class DevicePlan:
         """The dtype of matrix products."""
         return COMPUTE[self.precision]
 
+    @property
+    def is_ampere(self) -> bool:
+        """The device is a GPU of Ampere's generation (sm80) or a later one."""
+        return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+
     def describe(self) -> str:
         """Name the device for people and manifests."""
         name = (

@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from fine_tune.modules.reference import FrozenAdapter
 from fine_tune.modules.step import StepModule
 from fine_tune.reference_store import ReferenceStore
 from fine_tune.run_folder import versions
+from fine_tune.speed import chosen_execution
 from fine_tune.targets import build
 
 # Keys of ``objective`` that are for the config, or that the run turns into something else first.
@@ -183,7 +184,7 @@ def reference_key(job: Job, record: Mapping[str, Any], data: PackedDataModule) -
         "data": {key: cfg["data"][key] for key in ("max_seq_len", "overflow")},
         "plan": [cfg["seed"], cfg["optim"]["global_batch_size"], cfg["trainer"]["micro_batch_tokens"], job.plan.num_ranks],
         "head_chunk_tokens": cfg["objective"]["head_chunk_tokens"],
-        "precision": [job.plan.precision, str(job.plan.compute_dtype), cfg["trainer"]["compile"]],
+        "precision": [job.plan.precision, str(job.plan.compute_dtype), asdict(chosen_execution(cfg["trainer"], job.plan))],
         "device": [job.plan.describe(), _cpu_name() if job.plan.device.type == "cpu" else None],
         "rows": _hash_rows(data.prepared.train),
         "versions": versions(),

@@ -28,7 +28,7 @@ SYNONYMS = {
     "warmup_ratio": "optim.warmup_share",
     "model_name_or_path": "model.path",
     "output_dir": "run_dir",
-    "gradient_checkpointing": "trainer.activation_checkpointing",
+    "gradient_checkpointing": "trainer.recompute",
     "loss_type": "objective.loss",
     "rpo_alpha": "objective.nll_weight",
     "ref_model": "objective.reference",

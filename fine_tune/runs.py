@@ -25,18 +25,15 @@ from fine_tune.evaluation.held_out import HeldOut, evaluate_held_out, read_held_
 from fine_tune.fitting import Job, fit
 from fine_tune.interrupts import StopSignals
 from fine_tune.models.adapter import scaling
-from fine_tune.models.compile import compile_layers
+from fine_tune.models.execution import prepare_layers
 from fine_tune.models.export import export_adapter
 from fine_tune.models.fingerprint import base_fingerprint
 from fine_tune.models.forward import prove_forward, prove_shared_prefix
 from fine_tune.models.hub import context_length, resolve_model
 from fine_tune.opening import adapter_hashes, finished_in_sweep, nothing_left, opened, say
 from fine_tune.quiet import quiet_libraries
-from fine_tune.run_folder import (
-    clear_folder,
-    write_config,
-    write_manifest,
-)
+from fine_tune.run_folder import clear_folder, write_config, write_manifest
+from fine_tune.speed import chosen_execution
 from fine_tune.starting import check_sources, start
 from fine_tune.storage import storage_errors, write_json
 from fine_tune.targets import build
@@ -83,7 +80,7 @@ def _memory_told(plan: DevicePlan) -> Iterator[None]:
         peak = torch.cuda.max_memory_allocated(plan.device) / 1e9
         raise MemoryExhausted(
             f"{plan.describe()} ran out of memory at a peak of {peak:.2f} GB. Lower trainer.micro_batch_tokens (same result), "
-            "set trainer.activation_checkpointing=true (same result), lower data.max_seq_len, or use method=qlora."
+            "set trainer.speed=lean (same result), lower data.max_seq_len, or use method=qlora."
         ) from error
 
 
@@ -124,8 +121,7 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
         if cfg["data"]["batch"] == "pairs":
             prove_shared_prefix(network, **proof)
     reference = start(cfg, network, record, folder=path, checkpoint=job.checkpoint)
-    if cfg["trainer"]["compile"]:
-        compile_layers(network)
+    prepare_layers(network, chosen_execution(cfg["trainer"], job.plan))
     answerer = _answerer(job, network, tokenizer, template)
     answers = {"base": _held_out(job, answerer, data.prepared, who="base")}
     if cfg["init_from"]:

@@ -178,8 +178,11 @@ class Trainer(Node):
     max_epochs: Positive | None
     val_every_n_steps: AtLeast1 | None
     micro_batch_tokens: AtLeast1
-    activation_checkpointing: bool
-    compile: bool
+    speed: Literal["auto", "plain", "fast", "balanced", "lean"]
+    recompute: Literal["none", "selective", "full"] | None
+    offload: bool | None
+    compile: bool | None
+    fused_lora: bool | None
     num_workers: AtLeast0
     deterministic: bool
     max_skipped_steps: AtLeast0

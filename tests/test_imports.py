@@ -21,6 +21,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "redaction": (),
     "rng": (),
     "losses": (),  # pure functions on tensors
+    "kernels": (),  # operations of our own, on plain tensors
     "packing": (),  # pure functions of lengths and step numbers
     "rules": (),
     "schema_types": (),
@@ -37,7 +38,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "run_folder": ("errors", "redaction", "storage"),
     "reference_store": ("errors", "storage"),
     # Models score packed rows (packing, losses), and an export carries its chat template (text).
-    "models": ("errors", "losses", "packing", "text"),
+    "models": ("errors", "kernels", "losses", "packing", "text"),
     # The built-in base is pretrained on text of its own making.
     "world": ("errors", "text"),
     # Rows become tables (text) and tables become step batches (packing); the built-in task is a source like others.
@@ -45,7 +46,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "modules": ("errors", "losses", "models", "packing"),
     # Held-out questions are rows of data; answers go through the training path's own encoding.
     "evaluation": ("data", "errors", "losses", "models", "packing", "rng", "storage", "text"),
-    "report": ("config", "errors", "overrides", "storage", "summary"),
+    # A run's own held-out answers are judged by the verdict of evaluations.
+    "report": ("config", "errors", "evaluation", "overrides", "storage", "summary"),
     "callbacks": (
         "checkpoints", "data", "errors", "evaluation", "interrupts", "models", "modules", "packing", "reference_store", "rng",
         "storage", "text",
@@ -63,21 +65,22 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "starting": ("checkpoints", "errors", "models", "modules", "opening", "storage"),
     "fitting": (
         "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "interrupts", "losses", "models",
-        "modules", "reference_store", "run_folder", "targets",
+        "modules", "reference_store", "run_folder", "speed", "targets",
     ),
     "quiet": (),
+    "speed": ("device", "models"),
     # Evaluation: checkpoints found and loaded, asked, and compared.
     "evaluation_schema": ("schema", "schema_types"),
     "evaluation_config": ("checks", "config", "errors", "evaluation_schema", "overrides", "problems", "schema", "schema_types"),
     "subjects": ("assembly", "checkpoints", "device", "errors", "evaluation", "models", "storage"),
     "evaluation_parts": ("data", "errors", "evaluation", "subjects"),
     "evaluating": (
-        "callbacks", "device", "evaluation", "evaluation_parts", "interrupts", "opening", "quiet", "report", "rng",
+        "callbacks", "device", "errors", "evaluation", "evaluation_parts", "interrupts", "quiet", "report", "rng",
         "run_folder", "storage", "subjects",
     ),
     "runs": (
         "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "fitting", "interrupts", "models",
-        "opening", "quiet", "run_folder", "starting", "storage", "summary", "targets", "text",
+        "opening", "quiet", "run_folder", "speed", "starting", "storage", "summary", "targets", "text",
     ),
     # Doors.
     "api": ("config", "errors", "evaluating", "evaluation_config", "interrupts", "runs", "threads"),

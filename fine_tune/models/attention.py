@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fine_tune.kernels.segment_attention import segment_attention
+from fine_tune.kernels.shared_rows import gather_rows
 from fine_tune.packing.segments import Segments
 
 PACKED = "packed"
@@ -52,7 +54,7 @@ def packed_attention(
     scale = kwargs.get("scaling")
     # Under autocast rotary embeddings leave queries and keys in float32; the values say what is computed in.
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-    attend = _varlen if has_varlen(value) else _bucketed
+    attend = _varlen if has_varlen(value) else _opaque if torch.compiler.is_compiling() else _bucketed
     return attend(q, k, v, segments=segments, scale=scale, window=window).unsqueeze(0), None
 
 
@@ -88,15 +90,22 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float
         )
     if "enable_gqa" in known and q.shape[1] != k.shape[1]:
         options["enable_gqa"] = True
-    if segments.key_index is not None:
-        k, v = k.index_select(0, segments.key_index), v.index_select(0, segments.key_index)
+    if segments.key_index is not None and segments.key_uses is not None:
+        k, v = (gather_rows(x, segments.key_index, segments.key_uses) for x in (k, v))
     # Causal means aligned at the end: the last query of a sequence sees all of its keys.
     out = varlen_attn(q, k, v, segments.cu_seqlens, segments.cu_keys, *segments.bounds, **options)
     assert isinstance(out, Tensor), "a tuple only comes when the log-sum-exp is asked for"
     return out
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _opaque(q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float | None, window: int | None) -> Tensor:
+    """Inside a compiled layer there may be no break: the plain way as one operation."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    parts = (segments.cu_seqlens, segments.cu_keys, segments.key_index)
+    out: Tensor = segment_attention(q, k, v, *parts, scale, window or 0)
+    return out
+
+
 def _bucketed(
     q: Tensor, k: Tensor, v: Tensor, *, segments: Segments, scale: float | None, window: int | None
 ) -> Tensor:

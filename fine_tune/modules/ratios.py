@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -40,5 +40,9 @@ class Ratios:
         """Add up all ranks and divide; a name that nothing was added to is left out."""
         if not self.names:
             return {}
-        totals = sum_scalars(self.sums.clone()).tolist()
-        return {name: over / under for name, (over, under) in zip(self.names, totals, strict=True) if under}
+        return self.quotients(sum_scalars(self.sums.flatten().clone()).tolist())
+
+    def quotients(self, sums: Sequence[float]) -> dict[str, float]:
+        """Divide sums that were read from the device, ``[2 * names]``: numerator and denominator of each name in turn."""
+        found = zip(self.names, sums[::2], sums[1::2], strict=True)
+        return {name: over / under for name, over, under in found if under}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fine_tune.models.adapter import trainable
+from fine_tune.models.execution import without_backward
 
 
 def snapshot(network: nn.Module) -> dict[str, Tensor]:
@@ -39,15 +40,23 @@ class FrozenAdapter:
     """
 
     def __init__(self, network: nn.Module, values: Mapping[str, Tensor]) -> None:
+        self._network = network
         mine = trainable(network)
         if mine.keys() != values.keys():
             raise ValueError(f"a reference needs a value for each of {len(mine)} parameters, got {len(values)}.")
         self._slots: list[tuple[nn.Module, str, nn.Parameter]] = []
+        zeros: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
         for name, parameter in mine.items():
             owner, _, key = name.rpartition(".")
+            up = values.get(name.replace(".lora_A.", ".lora_B."))
+            if up is not None and not up.any():
+                # B = 0: an untrained adapter, whose A has no say. It takes the policy's A, and one zero matrix per shape.
+                same = zeros.setdefault((parameter.shape, parameter.dtype), torch.zeros_like(parameter))
+                value = parameter.detach() if ".lora_A." in name else same
+            else:
+                value = values[name].to(parameter.device, parameter.dtype, copy=True)
             # Like the policy's in every respect, "requires grad" included: a compiled layer then takes the same graph.
-            frozen = nn.Parameter(values[name].to(parameter.device, parameter.dtype, copy=True))
-            self._slots.append((network.get_submodule(owner), key, frozen))
+            self._slots.append((network.get_submodule(owner), key, nn.Parameter(value)))
 
     @contextmanager
     def handed(self) -> Iterator[None]:
@@ -56,7 +65,8 @@ class FrozenAdapter:
         try:
             for module, key, frozen in self._slots:
                 module._parameters[key] = frozen
-            yield
+            with without_backward(self._network):
+                yield
         finally:
             for module, key, parameter in own:
                 module._parameters[key] = parameter

@@ -38,6 +38,15 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class _Backward:
+    """A step after its last backward: loss and sums of its metrics on the device; with the gradient norm, ``found``."""
+
+    batch: StepBatch
+    sums: Tensor
+    found: list[float] = field(default_factory=list)
+
+
 class StepModule(pl.LightningModule):
     """Run optimizer steps over packed micro-batches; a subclass says what a micro-batch costs.
 
@@ -95,9 +104,9 @@ class StepModule(pl.LightningModule):
         self.skipped_steps = 0
         self._skipped_in_row = 0
         self.last: StepResult
-        self._grad_norm = torch.zeros(())
         self._trained = list(trainable(network).values())
         self._ratios: Ratios
+        self._done: _Backward
 
     @abstractmethod
     def micro_loss(self, micro: MicroBatch, batch: StepBatch, ratios: Ratios) -> Tensor:
@@ -126,34 +135,35 @@ class StepModule(pl.LightningModule):
         """Start all ranks from the same values."""
         share_start(self._trained)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Copy behind what the device is doing; Lightning would wait for it."""
+        return batch.to(device, non_blocking=True)
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Backward every micro-batch, then clip, update and advance the schedule once."""
         ratios = Ratios(self.metric_names, self.device)
-        loss = torch.zeros((), device=self.device, dtype=torch.float64)
+        loss = torch.zeros(1, device=self.device, dtype=torch.float64)
         for micro in batch.micro_batches:
             share = self.micro_loss(micro, batch, ratios)
             self.manual_backward(share)
             loss += share.detach()
         sum_gradients(self._trained)
-        total = float(sum_scalars(loss))
-        if not math.isfinite(total):
-            raise NonFiniteError(self._not_finite("loss", total, batch))
-        self.before_update(batch)
-        self._update(batch, total, ratios.means())
+        self._done = _Backward(batch, sum_scalars(torch.cat([loss, ratios.sums.flatten()])))
+        self._update(batch, ratios)
 
-    def _update(self, batch: StepBatch, loss: float, metrics: dict[str, float]) -> None:
+    def _update(self, batch: StepBatch, ratios: Ratios) -> None:
         optimizer = self.optimizers()
         rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
-        self._batch = batch
         scale = self._loss_scale()
         optimizer.step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
         skipped = scale is not None and (self._loss_scale() or 0.0) < scale
         self._count(skipped, batch)
         self.step += 1
+        loss, norm, *sums = self._done.found
         self.last = StepResult(
-            self.step, batch.epoch, loss, float(self._grad_norm), rate, batch.num_tokens, batch.num_supervised,
-            batch.num_samples, skipped, metrics,
+            self.step, batch.epoch, loss, norm, rate, batch.num_tokens, batch.num_supervised,
+            batch.num_samples, skipped, ratios.quotients(sums),
         )  # fmt: skip
 
     def _count(self, skipped: bool, batch: StepBatch) -> None:
@@ -175,11 +185,21 @@ class StepModule(pl.LightningModule):
         return None if scaler is None else float(scaler.get_scale())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clip after any loss scaling is undone, and stop before a non-finite gradient reaches the weights."""
-        self._grad_norm = clip_grad_norm(self._trained, self.optim.max_grad_norm)
+        """Clip after any loss scaling is undone, and stop before anything non-finite reaches the weights.
+
+        Here, and nowhere else in a step, the host waits for the device: for all figures at once, and before the update is
+        queued, so that what follows on the host runs beside it.
+        """
+        norm = clip_grad_norm(self._trained, self.optim.max_grad_norm).double().reshape(1)
+        batch, sums = self._done.batch, self._done.sums
+        self._done.found = torch.cat([sums[:1], norm.to(sums.device), sums[1:]]).tolist()
+        loss, size = self._done.found[:2]
+        if not math.isfinite(loss):
+            raise NonFiniteError(self._not_finite("loss", loss, batch))
+        self.before_update(batch)
         # With a scaler an infinite gradient is ordinary: the scaler skips that update by itself.
-        if self._loss_scale() is None and not torch.isfinite(self._grad_norm):
-            raise NonFiniteError(self._not_finite("gradient norm", float(self._grad_norm), self._batch))
+        if self._loss_scale() is None and not math.isfinite(size):
+            raise NonFiniteError(self._not_finite("gradient norm", size, batch))
 
     def _not_finite(self, what: str, value: float, batch: StepBatch) -> str:
         rows = [index for micro in batch.micro_batches for index in micro.samples]

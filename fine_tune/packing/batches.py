@@ -63,7 +63,7 @@ class MicroBatch:
     def pin_memory(self) -> MicroBatch:
         """Pin every tensor, so that copies to the device overlap with work."""
         pinned = {name: getattr(self, name).pin_memory() for name in _TENSORS}
-        return MicroBatch(**pinned, segments=self.segments, samples=self.samples)
+        return MicroBatch(**pinned, segments=self.segments.pin_memory(), samples=self.samples)
 
 
 _TENSORS = ("input_ids", "position_ids", "rows", "targets", "completion_tokens")

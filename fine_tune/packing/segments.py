@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -53,6 +54,7 @@ class Segments:
         spans: The same as Python ints, with what each sequence continues, so that nothing on the way asks the device.
         cu_keys: ``[S + 1]`` int32, ends of the keys of each sequence; ``cu_seqlens`` itself where nothing is shared.
         key_index: ``[K]`` int64, token position of each key; None where nothing is shared.
+        key_uses: ``[M, T]`` int64, the other way round: which keys are of each token, at most M of them; K stands for none.
         max_len: Own tokens of the longest sequence.
         max_keys: Tokens of the longest sequence, its shared prefix included.
         bounds: The same two as powers of two: kernels only size their grid by them, and a compiled layer is then made
@@ -63,6 +65,7 @@ class Segments:
     spans: tuple[Span, ...]
     cu_keys: Tensor
     key_index: Tensor | None = None
+    key_uses: Tensor | None = None
     max_len: int = field(init=False)
     max_keys: int = field(init=False)
     bounds: tuple[int, int] = field(init=False)
@@ -89,7 +92,7 @@ class Segments:
         keys = torch.cat(
             [torch.arange(a, a + n) for s in spans for a, n in ((s.origin, s.shared), (s.start, s.length))]
         )
-        return cls(ends, tuple(spans), _ends([span.keys for span in spans]), keys)
+        return cls(ends, tuple(spans), _ends([span.keys for span in spans]), keys, _uses(keys))
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -98,11 +101,17 @@ class Segments:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
         """Move the boundaries; buckets are rebuilt there when first needed."""
-        queries = self.cu_seqlens.to(device, non_blocking=non_blocking)
-        if self.key_index is None:
+        return self._moved(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Segments:
+        """Pin every tensor, so that copies to the device overlap with work."""
+        return self._moved(lambda part: part.pin_memory())
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Segments:
+        queries = move(self.cu_seqlens)
+        if self.key_index is None or self.key_uses is None:
             return Segments(queries, self.spans, queries)
-        keys, index = (part.to(device, non_blocking=non_blocking) for part in (self.cu_keys, self.key_index))
-        return Segments(queries, self.spans, keys, index)
+        return Segments(queries, self.spans, move(self.cu_keys), move(self.key_index), move(self.key_uses))
 
     def buckets(self) -> list[Bucket]:
         """Group sequences of similar length, so that one batched attention serves a group with under half wasted."""
@@ -117,6 +126,16 @@ def _power_of_two(length: int) -> int:
 
 def _ends(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def _uses(keys: Tensor) -> Tensor:
+    """Turn "which token is each key" round; every token is a key of its own sequence."""
+    order = torch.argsort(keys, stable=True)
+    counts = torch.bincount(keys)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    uses = torch.full((int(counts.max()), len(counts)), len(keys))
+    uses[torch.arange(len(keys)) - first, keys[order]] = order
+    return uses
 
 
 def _bucket(spans: tuple[Span, ...], device: torch.device) -> list[Bucket]:

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import fine_tune
 from fine_tune.models.adapter import trainable
-from fine_tune.models.compile import compile_layers
+from fine_tune.models.execution import prepare_layers
 from fine_tune.models.forward import supervised_logps
 from fine_tune.modules.dpo import DPOModule
 from fine_tune.modules.optim import OptimSpec
 from fine_tune.modules.ratios import Ratios
 from fine_tune.modules.reference import FrozenAdapter, snapshot
 from fine_tune.packing.batches import MicroBatch, Sample, StepBatch, pack
+from fine_tune.speed import SPEEDS
 from tests.gpu.test_gpu import model_of, plain_logps
 from tests.integration.conftest import read_metrics
 
@@ -91,11 +92,10 @@ def first_loss(module: DPOModule, micro: MicroBatch) -> tuple[float, float]:
     return loss.item(), module.gate._worst[0].item()  # type: ignore[index]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_step_0_shows_ln_2_in_bf16(compiled: bool) -> None:
+@pytest.mark.parametrize("speed", SPEEDS)
+def test_step_0_shows_ln_2_in_bf16(speed: str) -> None:
     network = adapted()
-    if compiled:
-        compile_layers(network)
+    prepare_layers(network, SPEEDS[speed])
     module = module_of(network, FrozenAdapter(network, snapshot(network)))
     loss, reward = first_loss(module, pack(samples()).to("cuda"))
     assert abs(loss - np.log(2)) < 1e-4
@@ -106,11 +106,10 @@ def test_step_0_shows_ln_2_in_bf16(compiled: bool) -> None:
     assert max(gradients) > 0
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_planted_reference_is_refused_in_bf16(compiled: bool) -> None:
+@pytest.mark.parametrize("speed", ["plain", "balanced"])
+def test_a_planted_reference_is_refused_in_bf16(speed: str) -> None:
     network = adapted()
-    if compiled:
-        compile_layers(network)
+    prepare_layers(network, SPEEDS[speed])
     planted = {name: value * 1.05 for name, value in snapshot(network).items()}
     module = module_of(network, FrozenAdapter(network, planted))
     first_loss(module, pack(samples()).to("cuda"))
@@ -120,10 +119,9 @@ def test_a_planted_reference_is_refused_in_bf16(compiled: bool) -> None:
 
 def test_compiled_gradients_are_the_eager_ones_within_bf16_noise() -> None:
     found = []
-    for compiled in (False, True):
+    for speed in ("plain", "balanced"):
         network = adapted()
-        if compiled:
-            compile_layers(network)
+        prepare_layers(network, SPEEDS[speed])
         reference = FrozenAdapter(network, {name: value * 0.9 for name, value in snapshot(network).items()})
         first_loss(module_of(network, reference), pack(samples()).to("cuda"))
         found.append(torch.cat([p.grad.flatten() for p in trainable(network).values() if p.grad is not None]))
@@ -139,7 +137,7 @@ def sft(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-COMMON = ["trainer=gpu", "model.dtype=bfloat16", "data.num_eval_items=0", "callbacks.preview=null"]
+COMMON = ["trainer=gpu", "trainer.speed=plain", "model.dtype=bfloat16", "data.num_eval_items=0", "callbacks.preview=null"]
 
 
 def first_steps(sft: Path, run: Path, *more: str) -> list[float]:
@@ -162,4 +160,4 @@ def test_a_store_written_on_a_gpu_is_read_by_the_next_run(sft: Path, tmp_path: P
 
 
 def test_a_compiled_run_starts_at_ln_2(sft: Path, tmp_path: Path) -> None:
-    first_steps(sft, tmp_path / "run", "trainer.compile=true", "trainer.max_steps=3")
+    first_steps(sft, tmp_path / "run", "trainer.speed=balanced", "trainer.max_steps=3")

@@ -11,12 +11,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fine_tune.assembly import enable_activation_checkpointing
 from fine_tune.losses.logps import token_logps
 from fine_tune.losses.sft import sft_loss
 from fine_tune.models import attention
 from fine_tune.models.adapter import causal_lm
 from fine_tune.models.base import decoder
+from fine_tune.models.execution import Execution, prepare_layers
 from fine_tune.models.forward import supervised_logps
 from fine_tune.packing.batches import MicroBatch
 from fine_tune.packing.segments import Segments
@@ -169,7 +169,7 @@ def test_trained_head_gets_the_gradients_of_plain_cross_entropy() -> None:
 def test_activation_checkpointing_changes_nothing(tiny: Tiny) -> None:
     tiny.network = adapt(llama(), dropout=0.2)
     checkpointed = copy.deepcopy(tiny)
-    enable_activation_checkpointing(causal_lm(checkpointed.network))
+    prepare_layers(checkpointed.network, Execution("full"))
     recomputed = 0
 
     def count(*_: object) -> None:

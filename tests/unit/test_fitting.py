@@ -28,7 +28,10 @@ CFG: dict[str, Any] = {
     "model": {"dtype": "float32", "add_tokens": []},
     "data": {"max_seq_len": 64, "overflow": "drop"},
     "optim": {"global_batch_size": 8, "lr": 1e-4},
-    "trainer": {"micro_batch_tokens": 128, "compile": False, "max_steps": 5},
+    "trainer": {
+        "micro_batch_tokens": 128, "max_steps": 5,
+        "speed": "auto", "recompute": None, "offload": None, "compile": None, "fused_lora": None,
+    },
     "objective": {"head_chunk_tokens": 32, "beta": 0.1, "loss": "sigmoid"},
 }  # fmt: skip
 RECORD = {
@@ -76,6 +79,9 @@ def test_the_same_gives_the_same_name() -> None:
         ("optim", "global_batch_size", 4),
         ("trainer", "micro_batch_tokens", 256),
         ("trainer", "compile", True),
+        ("trainer", "fused_lora", True),
+        ("trainer", "recompute", "full"),
+        ("trainer", "speed", "balanced"),
         ("method", "bits", 8),
         ("method", "quant_type", "fp4"),
         ("method", "double_quant", False),
@@ -101,6 +107,9 @@ def test_a_setting_that_decides_values_changes_the_name(change: tuple[str, str |
         ("objective", "loss", "ipo"),
         ("run_name", None, "two"),
         ("trainer", "max_steps", 9),
+        # On a CPU these say in other words what auto means there.
+        ("trainer", "speed", "plain"),
+        ("trainer", "compile", False),
     ],
     ids=lambda change: f"{change[0]}.{change[1]}",
 )
@@ -157,6 +166,7 @@ def test_the_processor_changes_the_name_on_a_cpu(machine: Path) -> None:
 
 def test_the_processor_does_not_matter_to_a_gpu(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     plan = DevicePlan(torch.device("cuda", 0), "gpu", "32-true", 1, 0)
     before = name(plan=plan)
     assert before != name(), "the device itself does"

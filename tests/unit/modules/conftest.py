@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from fine_tune.assembly import enable_activation_checkpointing
 from fine_tune.models.adapter import AdapterSpec, attach, trainable
+from fine_tune.models.execution import Execution, prepare_layers
 from fine_tune.modules.dpo import DPOModule
 from fine_tune.modules.optim import OptimSpec
 from fine_tune.modules.ratios import Ratios
@@ -54,9 +54,9 @@ def policy(dtype: torch.dtype = torch.float64, *, dropout: float = 0.0, checkpoi
     if dropout:
         for layer in model.model.layers:
             layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, nn.Dropout(dropout))
-    if checkpointing:
-        enable_activation_checkpointing(model)
     network = attach(model, AdapterSpec(trains="adapter", rank=4, alpha=8.0, dropout=dropout)).to(dtype)
+    if checkpointing:
+        prepare_layers(network, Execution("full"))
     randomize(network)
     return network
 

@@ -56,7 +56,7 @@ def test_ranks_are_added_up_and_asking_twice_changes_nothing(monkeypatch: pytest
     others = torch.tensor([[6.0, 3.0], [1.0, 0.0]], dtype=torch.float64)
 
     def all_reduce(values: Tensor) -> Tensor:
-        return values.add_(others)
+        return values.add_(others.view_as(values))
 
     monkeypatch.setattr(ratios_file, "sum_scalars", all_reduce)
     ratios = Ratios(["loss", "kl"], CPU)

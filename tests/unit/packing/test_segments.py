@@ -27,6 +27,13 @@ def test_keys_are_the_shared_prefix_and_then_the_own_tokens() -> None:
     assert segments.cu_keys.tolist() == [0, 5, 9, 11, 13, 16, 18]
     assert segments.key_index is not None
     assert segments.key_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9, 8, 10, 11, 8, 12]
+    assert segments.key_uses is not None
+    none = len(segments.key_index)
+    assert segments.key_uses.tolist() == [
+        [0, 1, 2, 3, 4, 8, 9, 10, 11, 12, 14, 15, 17],
+        [5, 6, 7, none, none, none, none, none, 13, none, none, none, none],
+        [none] * 8 + [16] + [none] * 4,
+    ]
     assert segments.lengths == (5, 1, 2, 2, 2, 1)
     assert (segments.max_len, segments.max_keys) == (5, 5)
     assert {t.dtype for t in (segments.cu_seqlens, segments.cu_keys)} == {torch.int32}
@@ -36,6 +43,7 @@ def test_keys_are_the_shared_prefix_and_then_the_own_tokens() -> None:
 def test_sequences_that_share_nothing_need_no_index() -> None:
     segments = Segments.of([4, 2])
     assert segments.key_index is None
+    assert segments.key_uses is None
     assert segments.cu_keys is segments.cu_seqlens
     assert segments.spans == (Span(0, 4), Span(4, 2))
 
@@ -69,7 +77,9 @@ def test_bounds_are_powers_of_two_that_hold_the_longest(spans: list[Span], bound
 def test_everything_moves() -> None:
     moved = by_hand().to("meta")
     assert moved.key_index is not None
-    assert {t.device.type for t in (moved.cu_seqlens, moved.cu_keys, moved.key_index)} == {"meta"}
+    assert moved.key_uses is not None
+    parts = (moved.cu_seqlens, moved.cu_keys, moved.key_index, moved.key_uses)
+    assert {t.device.type for t in parts} == {"meta"}
     assert moved.spans == by_hand().spans
     plain = Segments.of([3]).to("meta")
     assert plain.cu_keys is plain.cu_seqlens
@@ -128,6 +138,22 @@ def test_the_index_of_keys_is_what_the_tables_hold(spans: list[Span]) -> None:
             tuple(cells[: int(width)]) for cells, width in zip(gather.tolist(), _widths(segments, gather), strict=True)
         }
     assert rows == held
+
+
+@PLAIN
+@given(spans=layouts())
+def test_uses_are_the_index_turned_round(spans: list[Span]) -> None:
+    segments = Segments.from_spans(spans)
+    if segments.key_index is None or segments.key_uses is None:
+        assert not any(span.shared for span in spans)
+        return
+    keys = segments.key_index.tolist()
+    for token, places in enumerate(segments.key_uses.t().tolist()):
+        real = [place for place in places if place < len(keys)]
+        assert real == [place for place, of in enumerate(keys) if of == token], "all of them, in order, each once"
+        assert places == real + [len(keys)] * (len(places) - len(real)), "what is left stands for none"
+        assert real, "every token is a key of its own sequence"
+    assert (segments.key_uses[-1] < len(keys)).any(), "no more rows than the most used token needs"
 
 
 def _widths(segments: Segments, gather: torch.Tensor) -> torch.Tensor:
