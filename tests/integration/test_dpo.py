@@ -137,7 +137,14 @@ def test_a_wrong_reference_stops_before_any_update(
 ) -> None:
     updates: list[Any] = []
     update = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args, **more: updates.append(0) or update(*args, **more))
+
+    def counted(*args: Any, **more: Any) -> Any:
+        # What runs before the update is handed to it as a closure: it may raise in there.
+        found = update(*args, **more)
+        updates.append(0)
+        return found
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     run_dir, words = tmp_path / "run", planted(kind, sft_run)
     reference = next((word.partition("=")[2] for word in words if word.startswith("objective.reference=")), "")
     assert main(small_pairs_job(pair_stand_in, run_dir, "trainer.max_steps=1", "callbacks.preview=null", *words)) == 2
