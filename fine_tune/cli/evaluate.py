@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from fine_tune.errors import FineTuneError
+from fine_tune.cli.verb import run_verb
 from fine_tune.evaluation_config import check_evaluation
 from fine_tune.evaluation_schema import EVALUATIONS
-from fine_tune.report.visible import visible
 from fine_tune.threads import wait_politely
 
 USAGE = """usage: fine-tune evaluate ckpt=<checkpoints> [eval=<name>] [key=value ...]
@@ -29,21 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Words after the verb; None takes those of the process.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(USAGE.format(names="|".join(EVALUATIONS)), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    try:
-        cfg = check_evaluation(words)
-        wait_politely()
-        # The first import of torch, after everything that can be refused without it.
-        from fine_tune.evaluating import run_evaluation
+    return run_verb(argv, USAGE.format(names="|".join(EVALUATIONS)), _evaluate)
 
-        run_evaluation(cfg)
-    except FineTuneError as error:
-        # Ids and paths in it come from files.
-        print(visible(str(error)), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+def _evaluate(words: list[str]) -> None:
+    cfg = check_evaluation(words)
+    wait_politely()
+    # The first import of torch, after everything that can be refused without it.
+    from fine_tune.evaluating import run_evaluation
+
+    run_evaluation(cfg)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fine_tune.errors import ConfigError, FineTuneError
+from fine_tune.cli.verb import run_verb
+from fine_tune.errors import ConfigError
 from fine_tune.report.page import write_report
 from fine_tune.report.visible import visible
 
@@ -24,20 +24,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Words after the verb; None takes those of the process.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(USAGE, file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    try:
-        folders, out = _read(words)
-        print(visible(str(write_report(folders[0], out, others=folders[1:]))))
-    except FineTuneError as error:
-        # Paths in it may hold anything.
-        print(visible(str(error)), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_verb(argv, USAGE, _report)
+
+
+def _report(words: list[str]) -> None:
+    folders, out = _read(words)
+    print(visible(str(write_report(folders[0], out, others=folders[1:]))))
 
 
 def _read(words: Sequence[str]) -> tuple[list[Path], Path | None]:

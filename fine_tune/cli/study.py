@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fine_tune.errors import ConfigError, FineTuneError
+from fine_tune.cli.verb import run_verb
+from fine_tune.errors import ConfigError
 from fine_tune.evaluation_config import check_evaluation
 from fine_tune.evaluation_schema import EVALUATIONS
 from fine_tune.report.visible import visible
@@ -67,19 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Words after the verb; None takes those of the process.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or any(word in ("-h", "--help") for word in words):
-        print(USAGE, file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    try:
-        print(visible(f"the report: {study(words[0], words[1:])}"))
-    except FineTuneError as error:
-        # Ids and paths in it come from files.
-        print(visible(str(error)), file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return run_verb(argv, USAGE, lambda words: print(visible(f"the report: {study(words[0], words[1:])}")))
 
 
 def study(name: str, overrides: Sequence[str]) -> Path:

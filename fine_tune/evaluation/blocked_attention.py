@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from fine_tune.models.attention import UNSUPPORTED
+from fine_tune.models.attention import refuse_unsupported
 
 BLOCKED = "blocked"
 # Torch's CPU kernel leaves hidden keys out by 512 and hides the others after they were computed; blocks leave out nearly all.
@@ -46,11 +46,7 @@ def blocked_attention(
     """
     if attention_mask is not None:
         raise ValueError("blocked attention takes no attention mask.")
-    for name, meaning in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} uses {meaning} ({name}), which blocked attention does not compute."
-            )
+    refuse_unsupported(module, kwargs, "blocked")
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # Under autocast rotary embeddings leave queries and keys in float32; the values say what is computed in.

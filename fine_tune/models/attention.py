@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,11 +45,7 @@ def packed_attention(
     segments: Segments | None = kwargs.get("segments")
     if segments is None or attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention needs segments=Segments(...), one row and no attention mask.")
-    for name, meaning in UNSUPPORTED.items():
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{type(module).__name__} uses {meaning} ({name}), which packed attention does not compute."
-            )
+    refuse_unsupported(module, kwargs, "packed")
     window = kwargs.get("sliding_window")
     window = window if window is not None and window < segments.max_keys else None
     scale = kwargs.get("scaling")
@@ -56,6 +53,19 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     attend = _varlen if has_varlen(value) else _opaque if torch.compiler.is_compiling() else _bucketed
     return attend(q, k, v, segments=segments, scale=scale, window=window).unsqueeze(0), None
+
+
+def refuse_unsupported(module: nn.Module, options: Mapping[str, Any], ours: str) -> None:
+    """Refuse an attention option that no attention of ours computes.
+
+    Raises:
+        ValueError: It is set (named).
+    """
+    for name, meaning in UNSUPPORTED.items():
+        if options.get(name) is not None:
+            raise ValueError(
+                f"{type(module).__name__} uses {meaning} ({name}), which {ours} attention does not compute."
+            )
 
 
 def has_varlen(value: Tensor) -> bool:

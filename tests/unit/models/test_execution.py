@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,17 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fine_tune.kernels import lora, segment_attention
 from fine_tune.models import execution
-from fine_tune.models.adapter import AdapterSpec, attach, trainable
-from fine_tune.models.base import load_base
-from fine_tune.models.execution import Execution, LayerRuns, decoder_layers, prepare_layers, without_backward
+from fine_tune.models.adapter import trainable
+from fine_tune.models.execution import Execution, decoder_layers, prepare_layers, without_backward
 from fine_tune.models.forward import supervised_logps, supervised_states
-from fine_tune.modules.dpo import DPOModule
-from fine_tune.modules.optim import OptimSpec
-from fine_tune.modules.ratios import Ratios
-from fine_tune.modules.reference import FrozenAdapter, snapshot
-from fine_tune.packing.batches import MicroBatch, Sample, StepBatch, pack
+from fine_tune.packing.batches import MicroBatch
 
-from .conftest import VOCABULARY, base_spec, llama, randomize
+from .layered_policy import LAYERS, MICROS, compiling_with, policy
 
 pytestmark = [
     # torch 2.13's own tracing asks itself for what it deprecates.
@@ -38,8 +30,6 @@ pytestmark = [
     # Dynamo looks whether the norm's input has a gradient, and hides what torch says to that.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
-LAYERS = 4
-ADAMW = OptimSpec(torch.optim.AdamW, lr=1e-2, schedule="constant", warmup_share=0.0, max_grad_norm=None)
 EAGER = {
     "fused": Execution(fused_lora=True),
     "selective": Execution("selective"),
@@ -55,38 +45,6 @@ COMPILED = {
     "compiled, full": Execution("full", compile=True),
     "compiled, full, offload, fused": Execution("full", offload=True, compile=True, fused_lora=True),
 }
-
-
-def policy(dtype: torch.dtype = torch.float64, folder: Path | None = None) -> nn.Module:
-    """Four like layers with two adapted products each; dense, or in 4 bits from a folder."""
-    model: Any = llama() if folder is None else load_base(base_spec(folder, bits=4))
-    while len(model.model.layers) < LAYERS:
-        model.model.layers.append(copy.deepcopy(model.model.layers[1]))
-    model.config.num_hidden_layers = LAYERS
-    network = attach(model, AdapterSpec(trains="adapter", rank=4, alpha=8.0, target_modules=["q_proj", "down_proj"]))
-    if folder is None:
-        network.to(dtype)
-    randomize(network)
-    return network
-
-
-def pairs(seed: int, *sizes: tuple[int, int, int]) -> MicroBatch:
-    generator = np.random.default_rng(seed)
-    samples = []
-    for prompt, chosen, rejected in sizes:
-        size = prompt + chosen + rejected
-        ids = generator.integers(0, VOCABULARY, size)
-        samples.append(Sample(ids, np.arange(size) >= prompt, (prompt, prompt + chosen)))
-    return pack(samples)
-
-
-def documents(seed: int, *sizes: int) -> MicroBatch:
-    generator = np.random.default_rng(seed)
-    return pack([(generator.integers(0, VOCABULARY, size), np.arange(size) > 0) for size in sizes])
-
-
-# Two lengths each of what shares prompts and of what does not.
-MICROS = [pairs(0, (5, 7, 4), (9, 3, 6)), documents(1, 9, 4, 6), pairs(2, (4, 8, 2), (6, 5, 9)), documents(3, 12, 5)]
 
 
 class Passed(NamedTuple):
@@ -128,18 +86,6 @@ def exact_norm() -> Iterator[None]:
 def plain() -> list[Passed]:
     network = policy()
     return [passed(network, micro) for micro in MICROS]
-
-
-def compiling_with(backend: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    return lambda step: torch.compile(step, dynamic=True, backend=backend)
-
-
-class Prepared(NamedTuple):
-    """A network that compiles, and what counts its graphs."""
-
-    network: nn.Module
-    runs: LayerRuns
-    compiler: CompileCounterWithBackend
 
 
 @pytest.fixture
@@ -347,78 +293,6 @@ def test_an_error_on_the_way_does_not_leave_it_without_a_backward() -> None:
     with pytest.raises(RuntimeError, match="stop"):
         interrupted()
     assert not runs.detached
-
-
-def module_of(network: nn.Module, reference: FrozenAdapter | None = None) -> DPOModule:
-    frozen = reference or FrozenAdapter(network, snapshot(network))
-    return DPOModule(network, reference=frozen, optim=ADAMW, num_steps=1)
-
-
-def step(module: DPOModule, micro: MicroBatch) -> tuple[float, dict[str, float], Tensor]:
-    module.network.zero_grad()
-    ratios = Ratios(module.metric_names, module.device)
-    batch = StepBatch(0, 0, [micro], len(micro.rows), len(micro.samples), micro.num_tokens)
-    loss = module.micro_loss(micro, batch, ratios)
-    loss.backward()
-    gradients = [p.grad.flatten() for p in trainable(module.network).values() if p.grad is not None]
-    return loss.item(), ratios.means(), torch.cat(gradients)
-
-
-def moved(network: nn.Module) -> FrozenAdapter:
-    return FrozenAdapter(network, {name: value * 1.5 for name, value in snapshot(network).items()})
-
-
-@pytest.fixture(scope="module")
-def balanced() -> Iterator[Prepared]:
-    """One network for all tests of a preference step: tracing takes seconds. In float32, as a user's is."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    network = policy(torch.float32)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "compiled", compiling_with(counter))
-        runs = prepare_layers(network, COMPILED["compiled, selective, fused"])
-    yield Prepared(network, runs, counter)
-    torch._dynamo.reset()
-
-
-def test_policy_and_reference_take_the_same_graphs(balanced: Prepared) -> None:
-    module = module_of(balanced.network)
-    module.reference_logps(MICROS[0])
-    traced = balanced.compiler.frame_count
-    assert 2 <= traced <= 3
-    supervised_logps(balanced.network, MICROS[0])
-    assert balanced.compiler.frame_count == traced, "the policy's pass, which came second, compiles nothing"
-    for seed in (1, 2, 3):
-        step(module, pairs(seed, (3 + seed, 8, 2), (6, 4 + seed, 9)))
-    assert balanced.compiler.frame_count == traced, "nor do other lengths"
-
-
-def test_a_compiled_start_is_ln_2_and_not_nearly(balanced: Prepared) -> None:
-    loss, metrics, _ = step(module_of(balanced.network), MICROS[0])
-    assert abs(loss - math.log(2)) <= 1e-12
-    assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0.0
-
-
-def test_a_compiled_preference_step_is_the_plain_one(balanced: Prepared) -> None:
-    """With a reference that the policy is not: values are read when a graph runs, and not kept in it."""
-    eager = policy(torch.float32)
-    loss, metrics, gradient = step(module_of(eager, moved(eager)), MICROS[0])
-    found, seen, slope = step(module_of(balanced.network, moved(balanced.network)), MICROS[0])
-    assert found == pytest.approx(loss, abs=1e-5)
-    assert seen == pytest.approx(metrics, abs=1e-4)
-    assert (slope - gradient).norm() <= 1e-5 * gradient.norm()
-    assert abs(metrics["rewards/margins"]) > 1e-4
-
-
-def test_a_reference_that_asks_for_no_gradient_would_be_other_graphs(balanced: Prepared) -> None:
-    """The control, and the reason why frozen values ask for gradients that nobody takes."""
-    module = module_of(balanced.network)
-    module.reference_logps(MICROS[0])
-    before = balanced.compiler.frame_count
-    for _, _, tensor in module.reference._slots:
-        tensor.requires_grad_(False)
-    module.reference_logps(MICROS[0])
-    assert balanced.compiler.frame_count > before
 
 
 def test_layers_are_found_in_order() -> None:
