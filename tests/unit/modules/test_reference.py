@@ -92,6 +92,22 @@ def test_values_are_copied_and_never_shared() -> None:
         assert torch.equal(scores(model), before)
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_untrained_adapter_as_reference_is_the_base_whatever_the_policy_becomes(use_dora: bool) -> None:
+    """B = 0 is not copied, but it must not move either; A is the policy's own, and has no say."""
+    spec = AdapterSpec(trains="adapter", rank=4, alpha=8.0, use_dora=use_dora)
+    model = attach(llama(), spec)
+    before, reference = scores(model), FrozenAdapter(model, snapshot(model))
+    own = {tensor.data_ptr() for name, tensor in trainable(model).items() if "lora_B" in name}
+    assert not own & {tensor.data_ptr() for _, _, tensor in reference._slots}
+    randomize(model)
+    assert (scores(model) - before).abs().max() > 1e-3
+    with reference.handed():
+        torch.testing.assert_close(scores(model), before, rtol=0, atol=0)
+    ups = [tensor for _, _, tensor in reference._slots if not tensor.any()]
+    assert len({tensor.data_ptr() for tensor in ups}) == len({tensor.shape for tensor in ups}) < len(ups)
+
+
 def test_a_reference_takes_the_policys_dtype() -> None:
     model = network().double()
     values = {name: tensor.float() for name, tensor in snapshot(model).items()}
