@@ -23,6 +23,7 @@ VOCABULARY = 32_000
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
 SHAPES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 8},
     "tiny": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 TEMPLATE = """{{- bos_token -}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fine_tune.allocator import let_segments_grow
 from fine_tune.interrupts import Interrupted
 from fine_tune.threads import wait_politely
 
@@ -34,6 +35,7 @@ def train(overrides: Sequence[str] = ()) -> dict[str, Any]:
     from fine_tune.config import check_config
 
     cfg = check_config(overrides).cfg
+    let_segments_grow()
     wait_politely()
     from fine_tune.runs import run
 
@@ -69,6 +71,7 @@ def evaluate(overrides: Sequence[str]) -> dict[str, Any]:
     from fine_tune.evaluation_config import check_evaluation
 
     cfg = check_evaluation(overrides)
+    let_segments_grow()
     wait_politely()
     from fine_tune.evaluating import run_evaluation
 

@@ -19,6 +19,7 @@ from fine_tune.device import DTYPES, DevicePlan
 from fine_tune.errors import ConfigError
 from fine_tune.models.adapter import AdapterSpec, attach
 from fine_tune.models.base import BaseSpec, load_base
+from fine_tune.models.dense_base import make_dense
 from fine_tune.models.tokenizer import load_tokenizer
 from fine_tune.models.vocabulary import fit_vocabulary
 from fine_tune.modules.optim import OptimSpec
@@ -89,10 +90,12 @@ def _new_tokens(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def load_network(
-    cfg: Mapping[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, plan: DevicePlan
+    cfg: Mapping[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, plan: DevicePlan, *, dense_base: bool = False
 ) -> nn.Module:
-    """Load the base and attach what trains."""
+    """Load the base, made dense if that is asked for, and attach what trains."""
     network = load_bare(cfg, folder, tokenizer, plan)
+    if dense_base:
+        make_dense(network, plan.compute_dtype)
     # Seeded here and not earlier: loading a base must not move the adapter's first values.
     seed_everything(cfg["seed"])
     return attach(network, adapter_spec(cfg, tokenizer))

@@ -184,7 +184,7 @@ def reference_key(job: Job, record: Mapping[str, Any], data: PackedDataModule) -
         "data": {key: cfg["data"][key] for key in ("max_seq_len", "overflow")},
         "plan": [cfg["seed"], cfg["optim"]["global_batch_size"], cfg["trainer"]["micro_batch_tokens"], job.plan.num_ranks],
         "head_chunk_tokens": cfg["objective"]["head_chunk_tokens"],
-        "precision": [job.plan.precision, str(job.plan.compute_dtype), asdict(chosen_execution(cfg["trainer"], job.plan))],
+        "precision": [job.plan.precision, str(job.plan.compute_dtype), asdict(chosen_execution(cfg["trainer"]))],
         "device": [job.plan.describe(), _cpu_name() if job.plan.device.type == "cpu" else None],
         "rows": _hash_rows(data.prepared.train),
         "versions": versions(),

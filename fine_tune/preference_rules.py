@@ -70,8 +70,8 @@ def _training_starts_at_the_reference(
 
 
 @RULES.on("data.batch", "trainer.micro_batch_tokens", "data.max_seq_len")
-def _micro_batch_holds_a_pair(batch: str, micro: int, longest: int) -> str | None:
-    if batch != "pairs" or micro >= 2 * longest:
+def _micro_batch_holds_a_pair(batch: str, micro: int | str, longest: int) -> str | None:
+    if batch != "pairs" or isinstance(micro, str) or micro >= 2 * longest:
         return None
     return (
         f"trainer.micro_batch_tokens = {micro}: a pair is a prompt and two completions, so it must be at least "

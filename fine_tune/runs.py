@@ -24,6 +24,7 @@ from fine_tune.evaluation.answers import Answerer
 from fine_tune.evaluation.held_out import HeldOut, evaluate_held_out, read_held_out, write_held_out
 from fine_tune.fitting import Job, fit
 from fine_tune.interrupts import StopSignals
+from fine_tune.memory_plan import Samples, plan_memory
 from fine_tune.models.adapter import scaling
 from fine_tune.models.execution import prepare_layers
 from fine_tune.models.export import export_adapter
@@ -31,6 +32,7 @@ from fine_tune.models.fingerprint import base_fingerprint
 from fine_tune.models.forward import prove_forward, prove_shared_prefix
 from fine_tune.models.hub import context_length, resolve_model
 from fine_tune.opening import adapter_hashes, finished_in_sweep, nothing_left, opened, say
+from fine_tune.passport.document import write_passport
 from fine_tune.quiet import quiet_libraries
 from fine_tune.run_folder import clear_folder, write_config, write_manifest
 from fine_tune.speed import chosen_execution
@@ -96,7 +98,8 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
         check_sources(cfg, identity, template_hash=template.sha256)
     if model["chat_template"] == AUTO and not model["path"].startswith("builtin:"):
         say(f"note: model.chat_template=auto takes {template.name} for this tokenizer; set it to train another form.")
-    data = _data(job, tokenizer, template)
+    data = _data(job, model_folder, tokenizer, template)
+    cfg = job.cfg
     done = None if job.checkpoint is None else job.first_step
     job.finished = nothing_left(cfg, path, done=done, num_steps=data.num_steps)
     if cfg["overwrite"] and not cfg["resume"]:
@@ -112,8 +115,9 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
     }
     known = {**record, **(adapter_hashes(cfg) if job.checkpoint is None else {})}
     write_manifest(path, seed=cfg["seed"], device=job.plan.describe(), fingerprints=known, overrides=overrides)
+    execution = chosen_execution(cfg["trainer"])
     with rich.get_console().status(f"loading {model['path']}"):
-        network = assembly.load_network(cfg, model_folder, tokenizer, job.plan)
+        network = assembly.load_network(cfg, model_folder, tokenizer, job.plan, dense_base=execution.dense_base)
     record["scaling"] = scaling(network)
     with torch.autocast(job.plan.device.type, job.plan.compute_dtype, enabled=job.plan.precision != "32-true"):
         proof: dict[str, Any] = {"device": job.plan.device, "vocabulary": min(len(tokenizer), 4096)}
@@ -121,7 +125,7 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
         if cfg["data"]["batch"] == "pairs":
             prove_shared_prefix(network, **proof)
     reference = start(cfg, network, record, folder=path, checkpoint=job.checkpoint)
-    prepare_layers(network, chosen_execution(cfg["trainer"], job.plan))
+    prepare_layers(network, execution)
     answerer = _answerer(job, network, tokenizer, template)
     answers = {"base": _held_out(job, answerer, data.prepared, who="base")}
     if cfg["init_from"]:
@@ -129,13 +133,23 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
     fitted = fit(job, network, data, answerer=answerer, record=record, reference=reference)
     answers["final"] = _held_out(job, answerer, data.prepared, who="final")
     origin = {**record, "model": model["path"], "revision": model["revision"], "step": fitted.adapter_step}
-    with storage_errors(path / "adapter"):
-        export_adapter(network, path / "adapter", identity=origin, tokenizer=tokenizer, template=template)
+    _export(job, network, tokenizer, template, origin=origin)
     values = fitted.summary(job, len(data.prepared.train)) | _answers(answers)
     result = summary.complete(values | {"wall_seconds": time.perf_counter() - job.started})
     write_json(path / "summary.json", result)
     summary.show(result, str(path))
     return RunResult(result, str(path))
+
+
+def _export(
+    job: Job, network: nn.Module, tokenizer: Any, template: ChatTemplate, *, origin: Mapping[str, Any]
+) -> None:
+    """Write the adapter with its passport: what it must say again wherever it is served."""
+    folder, text = job.path / "adapter", {"tokenizer": tokenizer, "template": template}
+    known = {key: origin[key] for key in ("base_fingerprint", "step")}
+    with storage_errors(folder):
+        export_adapter(network, folder, identity=dict(origin), **text)
+        write_passport(folder, network, **text, origin=known, precision=job.plan.compute_dtype)
 
 
 def _refuse_long(max_seq_len: int, folder: Path) -> None:
@@ -153,15 +167,14 @@ def _answerer(job: Job, network: nn.Module, tokenizer: Any, template: ChatTempla
     return Answerer(network, tokenizer, template, max_prompt_tokens=room, precision=job.plan.compute_dtype)
 
 
-def _data(job: Job, tokenizer: Any, template: ChatTemplate) -> PackedDataModule:
-    """Prepare the rows, show what was lost on the way, and plan the steps."""
+def _data(job: Job, model_folder: Path, tokenizer: Any, template: ChatTemplate) -> PackedDataModule:
+    """Prepare the rows, show what was lost on the way, settle what is left to the device's memory, and plan the steps."""
     cfg = job.cfg
     data: PackedDataModule = build(
         {"_target_": cfg["data"]["_target_"]},
         spec=prepare_spec(cfg),
         seed=cfg["seed"],
         global_batch_size=cfg["optim"]["global_batch_size"],
-        micro_batch_tokens=cfg["trainer"]["micro_batch_tokens"],
         num_workers=cfg["trainer"]["num_workers"],
     )
     with progress_bar() as bar:
@@ -176,11 +189,21 @@ def _data(job: Job, tokenizer: Any, template: ChatTemplate) -> PackedDataModule:
     rich.get_console().print(prepared.ledger.render())
     for line in prepared.warnings:
         say(f"note: {line}")
-    data.plan_steps(
-        num_ranks=job.plan.num_ranks, max_steps=cfg["trainer"]["max_steps"], max_epochs=cfg["trainer"]["max_epochs"]
-    )
+    _settle(job, model_folder, prepared)
+    settled = {key: job.cfg["trainer"][key] for key in ("micro_batch_tokens", "max_steps", "max_epochs")}
+    data.plan_steps(num_ranks=job.plan.num_ranks, **settled)
     data.first_step = job.first_step
     return data
+
+
+def _settle(job: Job, model_folder: Path, prepared: Prepared) -> None:
+    """Choose the speed and the micro-batch that are left to the device's memory; the run goes on with the chosen ones."""
+    ranks, samples_per_step = job.plan.num_ranks, job.cfg["optim"]["global_batch_size"]
+    samples = Samples.of(prepared.train.lengths.tolist(), global_batch_size=samples_per_step, num_ranks=ranks)
+    found = plan_memory(job.cfg, job.plan, model_folder, samples)
+    job.cfg = {**job.cfg, "trainer": found.settled(job.cfg["trainer"])}
+    for line in found.describe():
+        say(line)
 
 
 def _held_out(job: Job, answerer: Answerer, prepared: Prepared, *, who: str) -> HeldOut | None:

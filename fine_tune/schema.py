@@ -177,12 +177,13 @@ class Trainer(Node):
     max_steps: AtLeast1 | None
     max_epochs: Positive | None
     val_every_n_steps: AtLeast1 | None
-    micro_batch_tokens: AtLeast1
+    micro_batch_tokens: AtLeast1 | Literal["auto"]
     speed: Literal["auto", "plain", "fast", "balanced", "lean"]
     recompute: Literal["none", "selective", "full"] | None
     offload: bool | None
     compile: bool | None
     fused_lora: bool | None
+    dense_base: bool | None
     num_workers: AtLeast0
     deterministic: bool
     max_skipped_steps: AtLeast0

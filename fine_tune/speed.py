@@ -1,4 +1,4 @@
-"""What ``trainer.speed`` stands for, and what a device can do of it."""
+"""What ``trainer.speed`` stands for, and which speeds a device can run."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ SPEEDS = {
 KEYS = tuple(Execution.__dataclass_fields__)
 
 
-def chosen_execution(trainer: Mapping[str, Any], plan: DevicePlan) -> Execution:
-    """Take the named speed, and on top of it the keys that are set by themselves.
-
-    ``auto`` is ``plain`` on a CPU, where compiling takes longer than most runs, and on GPUs older than Ampere, whose attention
-    cannot be compiled in one piece; elsewhere ``balanced``.
-    """
-    name = trainer["speed"]
-    if name == "auto":
-        name = "balanced" if plan.is_ampere else "plain"
+def chosen_execution(trainer: Mapping[str, Any]) -> Execution:
+    """Take the named speed, and on top of it the keys that are set by themselves."""
     own = {key: trainer[key] for key in KEYS if trainer[key] is not None}
-    return replace(SPEEDS[name], **own)
+    return replace(SPEEDS[trainer["speed"]], **own)
+
+
+def speeds_for(plan: DevicePlan) -> tuple[str, ...]:
+    """Name what ``auto`` may choose on a device, the fastest first.
+
+    Plain on a CPU, where compiling takes longer than most runs, and on GPUs older than Ampere, whose attention cannot be
+    compiled in one piece. Elsewhere the compiled ones: ``fast`` is not among them, as it takes a third more memory than
+    ``balanced`` and was no faster (docs/performance.md).
+    """
+    return ("balanced", "lean") if plan.is_ampere else ("plain",)

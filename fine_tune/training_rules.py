@@ -35,13 +35,23 @@ ADAPTER_KEYS = ("rank", "alpha", "dropout", "target_modules")
 
 
 @RULES.on("trainer.micro_batch_tokens", "data.max_seq_len", "data.batch")
-def _micro_batch_holds_a_sample(micro: int, longest: int, batch: str) -> str | None:
+def _micro_batch_holds_a_sample(micro: int | str, longest: int, batch: str) -> str | None:
     # Pairs need more: fine_tune.preference_rules.
-    if micro >= longest or batch == "pairs":
+    if isinstance(micro, str) or micro >= longest or batch == "pairs":
         return None
     return (
         f"trainer.micro_batch_tokens = {micro}: must be at least data.max_seq_len ({longest}). "
         f"Pass trainer.micro_batch_tokens={longest} or a smaller data.max_seq_len."
+    )
+
+
+@RULES.on("trainer.micro_batch_tokens", "trainer.num_nodes")
+def _machines_choose_alike(micro: int | str, num_nodes: int) -> str | None:
+    if num_nodes == 1 or not isinstance(micro, str):
+        return None
+    return (
+        "trainer.micro_batch_tokens = auto: several machines cannot see each other's memory. "
+        "Pass a number, such as trainer.micro_batch_tokens=4096."
     )
 
 
@@ -50,6 +60,14 @@ def _one_length(steps: int | None, epochs: float | None) -> str | None:
     if (steps is None) != (epochs is None):
         return None
     return "trainer.max_steps and trainer.max_epochs: exactly one must be set. Set the other to null."
+
+
+@RULES.on("trainer.dense_base", "method.bits")
+def _only_4_bits_become_dense(dense: bool | None, bits: int) -> str | None:
+    if not dense or bits == 4:
+        return None
+    # LLM.int8 rounds activations as well, so that dense weights would compute something else.
+    return f"trainer.dense_base = true: is for a 4-bit base, and method.bits is {bits}. Use method=qlora, or leave it out."
 
 
 @RULES.on("method.trains", "method.bits")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fine_tune.allocator import let_segments_grow
 from fine_tune.cli.verb import run_verb
 from fine_tune.evaluation_config import check_evaluation
 from fine_tune.evaluation_schema import EVALUATIONS
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(words: list[str]) -> None:
     cfg = check_evaluation(words)
+    let_segments_grow()
     wait_politely()
     # The first import of torch, after everything that can be refused without it.
     from fine_tune.evaluating import run_evaluation

@@ -13,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
+from fine_tune.allocator import let_segments_grow
 from fine_tune.config import check_config, check_sweep, find_conf_dir
 from fine_tune.errors import ConfigError, FineTuneError
 from fine_tune.overrides import for_hydra, group_options
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_job(overrides: Sequence[str], *, multirun: bool = False) -> int:
     """Check the overrides of one job, run it, and return its exit code."""
     checked = check_config(overrides, multirun=multirun)
+    let_segments_grow()
     wait_politely()
     # The first import of torch, after everything that can be refused without it.
     from fine_tune.runs import run

@@ -62,17 +62,15 @@ class PackedDataModule(pl.LightningDataModule):
         spec: What to read and how to cut it.
         seed: Order of the samples.
         global_batch_size: Samples per optimizer step, all ranks.
-        micro_batch_tokens: Most tokens of one forward pass.
         num_workers: Processes that build batches ahead; 0 builds them in place. The order does not depend on it.
     """
 
     def __init__(
-        self, spec: PrepareSpec, *, seed: int, global_batch_size: int, micro_batch_tokens: int, num_workers: int = 0
+        self, spec: PrepareSpec, *, seed: int, global_batch_size: int, num_workers: int = 0
     ) -> None:
         super().__init__()
         self.spec, self.seed = spec, seed
-        self.global_batch_size, self.micro_batch_tokens = global_batch_size, micro_batch_tokens
-        self.num_workers = num_workers
+        self.global_batch_size, self.num_workers = global_batch_size, num_workers
         self.first_step, self.num_steps = 0, 0
 
     def prepare_tables(
@@ -82,10 +80,13 @@ class PackedDataModule(pl.LightningDataModule):
         self.prepared = prepare(self.spec, tokenizer, template, progress=progress)
         return self.prepared
 
-    def plan_steps(self, *, num_ranks: int, max_steps: int | None, max_epochs: float | None) -> int:
-        """Fix the number of optimizer steps of the run and return it."""
+    def plan_steps(
+        self, *, num_ranks: int, micro_batch_tokens: int, max_steps: int | None, max_epochs: float | None
+    ) -> int:
+        """Fix the number of optimizer steps of the run, and the most tokens of one forward pass; return the former."""
+        self.micro_batch_tokens = micro_batch_tokens
         self.planner = Planner(
-            self.prepared.train.lengths.tolist(), self.seed, self.global_batch_size, self.micro_batch_tokens, num_ranks
+            self.prepared.train.lengths.tolist(), self.seed, self.global_batch_size, micro_batch_tokens, num_ranks
         )
         if max_steps is None:
             max_steps = max(1, round((max_epochs or 0) * self.planner.steps_per_epoch))

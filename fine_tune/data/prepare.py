@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from fine_tune.data import cache
 from fine_tune.data.collect import Item, collect
@@ -47,6 +48,22 @@ def prepare(
             `overflow=error` a row that does not fit.
         EnvironmentProblem: The Hub cannot be reached.
     """
+    prepared, refusals = examine(spec, tokenizer, template, progress)
+    if refusals:
+        raise refusals[0]
+    return prepared
+
+
+def examine(
+    spec: PrepareSpec, tokenizer: TextTokenizer, template: ChatTemplate, progress: Progress | None = None
+) -> tuple[Prepared, list[DataError]]:
+    """Prepare the rows, and return beside them what `prepare` refuses them for.
+
+    Raises:
+        ConfigError: As `prepare`.
+        DataError: Damaged files.
+        EnvironmentProblem: As `prepare`.
+    """
     fingerprint = data_fingerprint(spec)
     key = cache.key_of(
         {
@@ -58,19 +75,29 @@ def prepare(
     )
     root = cache.cache_folder(spec.cache_dir)
     folder = cache.find(root, key)
+    refusals: list[DataError] = []
     if folder is not None:
         prepared = Prepared.open(folder, fingerprint)
     else:
-        prepared = _Builder(spec, Encoder(tokenizer, template), progress).build(fingerprint)
-        try:
-            cache.store(root, key, prepared.save)
-        except StorageError as error:
-            # The run does not need the cache; it only has to tokenise again next time.
-            prepared.warnings.append(str(error))
+        prepared, refusals = _Builder(spec, Encoder(tokenizer, template), progress).build(fingerprint)
+        # Whoever finds an entry takes it for good.
+        if not refusals:
+            _keep(root, key, prepared)
     prepared.eval_items = prepared.eval_items[: spec.num_eval_items]
-    prepared.warnings += prepared.ledger.gate(spec.max_lost_share)
+    try:
+        prepared.warnings += prepared.ledger.gate(spec.max_lost_share)
+    except DataError as refused:
+        refusals.append(refused)
     prepared.warnings += prepared.pair_warnings()
-    return prepared
+    return prepared, refusals
+
+
+def _keep(root: Path, key: str, prepared: Prepared) -> None:
+    try:
+        cache.store(root, key, prepared.save)
+    except StorageError as error:
+        # The run does not need the cache; it only has to tokenise again next time.
+        prepared.warnings.append(str(error))
 
 
 class _Builder:
@@ -89,19 +116,18 @@ class _Builder:
         self.chosen_lengths: list[int] = []
         self.rejected_lengths: list[int] = []
 
-    def build(self, fingerprint: str) -> Prepared:
+    def build(self, fingerprint: str) -> tuple[Prepared, list[DataError]]:
         self.progress("read", 0, None)
         train, val = collect(self.spec, self.ledger, on_flaw=self.flaws.note)
         total = len(train) + len(val)
         train_table = self._table(train, "train", 0, total)
         val_table = self._table(val, "val", len(train), total)
         self.ledger.set_lengths(self.lengths)
-        refuse_long_rows(self.too_long if self.spec.overflow == "error" else [], self.spec.max_seq_len)
-        self._check_stops()
         self.ledger.check()
-        return Prepared(
+        prepared = Prepared(
             train_table, val_table, self.ledger, fingerprint, self.eval_items, self._length_bias(), self.flaws.lines()
         )
+        return prepared, list(self._refusals())
 
     def _table(self, items: Sequence[Item], split: Split, done: int, total: int) -> TokenTable:
         builder = TableBuilder()
@@ -171,10 +197,14 @@ class _Builder:
     def _length_bias(self) -> LengthBias | None:
         return LengthBias.of(self.chosen_lengths, self.rejected_lengths) if self.chosen_lengths else None
 
-    def _check_stops(self) -> None:
+    def _refusals(self) -> Iterator[DataError]:
+        try:
+            refuse_long_rows(self.too_long if self.spec.overflow == "error" else [], self.spec.max_seq_len)
+        except DataError as refused:
+            yield refused
         if self.without_stop:
             named = ", ".join(self.without_stop[:5])
-            raise DataError(
+            yield DataError(
                 f"model.chat_template={self.encoder.template.name}: {len(self.without_stop)} row(s) have "
                 f"an answer that does not end in the learned token {self.encoder.template.end_of_turn!r}, "
                 f"for example {named}: a model trained on them would not stop. Choose another template or "

@@ -34,12 +34,14 @@ class Execution:
         offload: With ``full``: keep those inputs in host memory.
         compile: Compile each layer; where that fails, layers run uncompiled and a warning says so.
         fused_lora: One operation per adapted layer, where it covers what PEFT would compute.
+        dense_base: A 4-bit base is made dense once, when it is loaded.
     """
 
     recompute: Recompute = "none"
     offload: bool = False
     compile: bool = False
     fused_lora: bool = False
+    dense_base: bool = False
 
     @property
     def is_plain(self) -> bool:

@@ -131,6 +131,13 @@ class StepModule(pl.LightningModule):
         schedule = build_schedule(self.optim, optimizer, self.num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def cpu(self) -> StepModule:
+        """Stay on the device: Lightning moves a module to the CPU when training ends, but quantised layers cannot move.
+
+        The answers after training, too, are to be made where training ran.
+        """
+        return self
+
     def on_fit_start(self) -> None:
         """Start all ranks from the same values."""
         share_start(self._trained)

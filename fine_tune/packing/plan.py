@@ -68,7 +68,7 @@ class Planner:
 
     def _spread(self, samples: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Give the step's bins to ranks, the fullest bin to the emptiest rank; a rank may get none."""
-        bins = best_fit([self.lengths[s] for s in samples], self.micro_batch_tokens, self.num_ranks)
+        bins = even_fit([self.lengths[s] for s in samples], self.micro_batch_tokens, self.num_ranks)
         loads = [0] * self.num_ranks
         shares: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_ranks)]
         for members in sorted(bins, key=lambda b: -sum(self.lengths[samples[i]] for i in b)):
@@ -76,6 +76,21 @@ class Planner:
             loads[rank] += sum(self.lengths[samples[i]] for i in members)
             shares[rank].append(tuple(samples[i] for i in sorted(members)))
         return tuple(tuple(share) for share in shares)
+
+
+def even_fit(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[list[int]]:
+    """Pack items into as few bins as :func:`best_fit` needs, about equally full.
+
+    A full bin beside a small rest takes as many passes but more memory at the peak.
+    """
+    bins = best_fit(lengths, capacity, min_bins)
+    level = max(max(lengths), -(-sum(lengths) // len(bins)))
+    while level < capacity:
+        found = best_fit(lengths, level, min_bins)
+        if len(found) <= len(bins):
+            return found
+        level += max(1, capacity // 64)
+    return bins
 
 
 def best_fit(lengths: Sequence[int], capacity: int, min_bins: int = 1) -> list[list[int]]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fine_tune.packing.plan import Planner, StepPlan, best_fit
+from fine_tune.packing.plan import Planner, StepPlan, best_fit, even_fit
 
 PLAIN = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -153,3 +153,23 @@ def test_typical_lengths_fill_their_micro_batches() -> None:
     assert sum(lengths) / (len(bins) * 4096) >= 0.98
     first_come = 1 + sum(1 for i in range(1, 1024) if sum(lengths[:i]) // 4096 != sum(lengths[: i + 1]) // 4096)
     assert len(bins) <= first_come + 1
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=60), st.integers(60, 200))
+def test_even_bins_are_as_few_and_no_fuller(lengths: list[int], capacity: int) -> None:
+    tight, even = best_fit(lengths, capacity), even_fit(lengths, capacity)
+    assert sorted(i for members in even for i in members) == list(range(len(lengths)))
+    assert len(even) <= len(tight)
+    fullest = [max(sum(lengths[i] for i in members) for members in bins) for bins in (tight, even)]
+    assert fullest[1] <= fullest[0] <= capacity
+
+
+def test_a_rest_shares_its_load() -> None:
+    lengths = [10] * 20
+    assert [len(b) for b in best_fit(lengths, 80)] == [8, 8, 4]
+    assert sorted(len(b) for b in even_fit(lengths, 80)) == [6, 7, 7]
+
+
+def test_the_micro_batches_of_a_step_are_even() -> None:
+    plan = Planner([100] * 64, 0, 64, 2500).step(0)
+    assert sorted(len(members) for members in plan.micro_batches[0]) == [20, 22, 22]

@@ -1,0 +1,63 @@
+"""What speed.py times: jobs of ours through train.py, and peers' jobs on the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+OURS, TRL, UNSLOTH = "fine_tune", "TRL", "Unsloth"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One timed job.
+
+    Attributes:
+        name: What it is called in tables; unique.
+        kind: ``sft`` (tokens/s) or ``dpo`` (pairs/s).
+        system: Whose code runs it.
+        words: Overrides of train.py, or options of peers.py.
+    """
+
+    name: str
+    kind: str
+    system: str
+    words: str
+
+
+SFT = "data=chat data.max_seq_len=1024 optim.global_batch_size=128 trainer.max_steps=10"
+DPO = (
+    "objective=dpo data=preferences data.max_seq_len=1040 optim.lr=1e-6 optim.global_batch_size=16 trainer.max_steps=24 "
+    "trainer.micro_batch_tokens=12288"
+)
+# Later words win: a larger step in smaller micro-batches.
+LEAN = "trainer.speed=lean optim.global_batch_size=32 trainer.micro_batch_tokens=6144"
+GPU = (
+    Case("ours, auto", "sft", OURS, f"{SFT} method=qlora"),
+    Case("ours, fast", "sft", OURS, f"{SFT} method=qlora trainer.speed=fast"),
+    Case("ours, lean", "sft", OURS, f"{SFT} method=qlora trainer.speed=lean trainer.micro_batch_tokens=5632"),
+    Case("ours, base dense", "sft", OURS, f"{SFT} method=qlora trainer.speed=fast trainer.dense_base=true"),
+    Case("ours, bf16 LoRA", "sft", OURS, f"{SFT} method=lora"),
+    Case("TRL", "sft", TRL, "batch_size=16 steps=10 warm=3"),
+    Case("TRL, Liger, no checkpointing", "sft", TRL, "batch_size=16 steps=10 warm=3 liger=1 checkpointing=0"),
+    Case("Unsloth", "sft", UNSLOTH, "batch_size=16 steps=12 warm=4"),
+    Case("Unsloth, no checkpointing", "sft", UNSLOTH, "batch_size=26 steps=12 warm=4 checkpointing=0"),
+    Case("ours, auto", "dpo", OURS, f"{DPO} method=qlora"),
+    Case("ours, lean", "dpo", OURS, f"{DPO} method=qlora {LEAN}"),
+    Case("TRL", "dpo", TRL, "batch_size=8 steps=8 warm=3"),
+    Case("Unsloth", "dpo", UNSLOTH, "batch_size=8 steps=8 warm=3"),
+)  # fmt: skip
+CPU_SFT = "data=chat data.max_seq_len=1024 optim.global_batch_size=8 trainer.max_steps=10"
+CPU = (
+    Case("ours, auto", "sft", OURS, f"{CPU_SFT} method=lora model.dtype=float32"),
+    Case("ours, NF4", "sft", OURS, f"{CPU_SFT} method=qlora model.dtype=float32"),
+    Case("TRL", "sft", TRL, "batch_size=8 steps=10 warm=4 checkpointing=0"),
+)
+
+
+def chosen(device: str, wanted: str | None) -> Iterator[Case]:
+    """Yield the cases of a device whose ``kind`` and name contain one of the comma-separated words of ``wanted``."""
+    for case in GPU if device == "gpu" else CPU:
+        label = f"{case.kind} {case.system} {case.name}".lower()
+        if wanted is None or any(all(part in label for part in word.lower().split("+")) for word in wanted.split(",")):
+            yield case

@@ -1,0 +1,95 @@
+"""Shapes read without weights are those of the model that is loaded."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PhiConfig, PretrainedConfig, Qwen2Config
+
+from fine_tune.memory.shape import read_shape
+from fine_tune.models.hub import resolve_model
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+Qwen2Small = partial(Qwen2Config, num_key_value_heads=4)
+
+
+def folder_of(config: PretrainedConfig, folder: Path) -> Path:
+    config.save_pretrained(folder)
+    return folder
+
+
+def inputs_of(shape: object) -> list[list[str]]:
+    groups: dict[int, list[str]] = {}
+    for one in shape.linears:  # type: ignore[attr-defined]
+        groups.setdefault(one.source, []).append(one.name.rpartition(".")[2])
+    return list(groups.values())
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, MistralConfig, Qwen2Config])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_shares_two_inputs(kind: Any, tied: bool, tmp_path: Path) -> None:
+    config = kind(**SMALL, num_key_value_heads=2, tie_word_embeddings=tied)
+    shape = read_shape(folder_of(config, tmp_path))
+    assert shape is not None
+    assert inputs_of(shape) == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert [one.out_features for one in shape.linears] == [64, 32, 32, 64, 160, 160, 64]
+    assert (shape.num_layers, shape.hidden, shape.attention, shape.heads, shape.vocabulary) == (3, 64, 64, 4, 100)
+
+
+def test_phi_reads_one_input_three_times_and_more(tmp_path: Path) -> None:
+    shape = read_shape(folder_of(PhiConfig(**SMALL), tmp_path))
+    assert shape is not None
+    # Attention and the feed-forward part run side by side, on one normalised input.
+    assert inputs_of(shape) == [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]]
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen2Small, PhiConfig])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_counted_as_a_loaded_model_has_them(kind: Any, tied: bool, tmp_path: Path) -> None:
+    config = kind(**SMALL, tie_word_embeddings=tied)
+    shape = read_shape(folder_of(config, tmp_path))
+    model = AutoModelForCausalLM.from_config(config)
+    assert shape is not None
+    inside = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    assert shape.linear_weights == sum(m.weight.numel() for m in inside)
+    assert shape.linear_weights + shape.other == sum(p.numel() for p in model.parameters())
+
+
+def test_heads_wider_than_the_stream(tmp_path: Path) -> None:
+    shape = read_shape(folder_of(LlamaConfig(**SMALL, head_dim=32), tmp_path))
+    assert shape is not None
+    assert shape.attention == 128
+    assert [one.in_features for one in shape.linears][3] == 128
+
+
+def test_nothing_is_allocated_for_a_shape_of_billions(tmp_path: Path) -> None:
+    config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
+    shape = read_shape(folder_of(config, tmp_path))
+    assert shape is not None
+    assert shape.linear_weights > 60e9
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_model_that_does_not_run_without_values_has_no_shape(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    assert read_shape(folder_of(MixtralConfig(**SMALL, num_local_experts=4), tmp_path)) is None
+
+
+def test_the_packaged_model_has_one() -> None:
+    folder = resolve_model("builtin:tiny")
+    shape = read_shape(folder)
+    assert shape is not None
+    assert shape.hidden == json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
