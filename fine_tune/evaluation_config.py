@@ -26,7 +26,8 @@ from fine_tune.schema_types import Node, Seed, Text
 PRIMARY = "evaluate"
 
 
-def _checkpoints(value: Any) -> Any:
+def checkpoints(value: Any) -> Any:
+    """Refuse what cannot be the words of ``ckpt=``."""
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not words or not all(isinstance(word, str) and word for word in words):
         raise ValueError("must be a run, checkpoint, adapter, model or base, or a list of them such as [base,runs/sft]")
@@ -38,7 +39,7 @@ def _checkpoints(value: Any) -> Any:
 class EvaluateConfig(Node):
     """A whole resolved config of an evaluation."""
 
-    ckpt: Annotated[Any, AfterValidator(_checkpoints)]
+    ckpt: Annotated[Any, AfterValidator(checkpoints)]
     run_dir: Text | None
     seed: Seed
     accelerator: Literal["auto", "cpu", "gpu"]
@@ -63,12 +64,26 @@ def check_evaluation(overrides: Sequence[str]) -> dict[str, Any]:
         fine_tune.errors.ConfigError: 1 problem(s) in the config:
           - eval.shotz: unknown key. Did you mean eval.shots?
     """
+    return check_words(overrides, PRIMARY, EvaluateConfig)
+
+
+def check_words(overrides: Sequence[str], primary: str, schema: type[Node]) -> dict[str, Any]:
+    """Compose, resolve and check the words of a verb that takes ``ckpt=``, and ``model=`` and ``method=`` for what has no run.
+
+    Args:
+        overrides: The words.
+        primary: Name of the config in ``conf/`` that holds the defaults.
+        schema: The whole resolved config.
+
+    Raises:
+        ConfigError: All problems together.
+    """
     folder = find_conf_dir()
-    keys = known_keys(EvaluateConfig)
-    words = read_words(overrides, group_options(folder, PRIMARY), keys)
+    keys = known_keys(schema)
+    words = read_words(overrides, group_options(folder, primary), keys)
     problems = list(words.problems)
     try:
-        tree = copy.deepcopy(_composed(tuple(words.groups.items())))
+        tree = copy.deepcopy(_composed(primary, tuple(words.groups.items())))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(unique([*problems, str(error).splitlines()[0]])) from error
     OmegaConf.set_struct(tree, False)
@@ -80,7 +95,7 @@ def check_evaluation(overrides: Sequence[str]) -> dict[str, Any]:
     if "model.path" in words.values and "model.revision" not in words.values:
         OmegaConf.update(tree, "model.revision", None)
     cfg: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)  # type: ignore[assignment]
-    problems += _problems(cfg, words.refused)
+    problems += _problems(cfg, words.refused, schema)
     if problems:
         raise ConfigError(unique(problems))
     # A typed model stands for foreign adapters as well, whose own config names another.
@@ -88,13 +103,13 @@ def check_evaluation(overrides: Sequence[str]) -> dict[str, Any]:
     return cfg
 
 
-def _problems(cfg: dict[str, Any], refused: set[str]) -> list[str]:
+def _problems(cfg: dict[str, Any], refused: set[str], schema: type[Node]) -> list[str]:
     missing = [key for key, value in leaf_items(cfg) if value == "???"]
     found = [
         f"{key}: no value. {cfg['hints'].get(key, f'Pass {key}=<value>.')}" for key in missing if key not in refused
     ]
     try:
-        EvaluateConfig.model_validate(cfg)
+        schema.model_validate(cfg)
     except ValidationError as errors:
         for error in errors.errors(include_url=False):
             inside = error["loc"][0] == "eval" and len(error["loc"]) > 1
@@ -112,11 +127,11 @@ def _problems(cfg: dict[str, Any], refused: set[str]) -> list[str]:
 
 
 @lru_cache(maxsize=16)
-def _composed(groups: tuple[tuple[str, str | None], ...]) -> DictConfig:
+def _composed(primary: str, groups: tuple[tuple[str, str | None], ...]) -> DictConfig:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(find_conf_dir()), version_base="1.3"):
-            return compose(PRIMARY, overrides=[f"{group}={option}" for group, option in groups])
+            return compose(primary, overrides=[f"{group}={option}" for group, option in groups])
     finally:
         GlobalHydra.instance().hydra = outer

@@ -12,6 +12,8 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric", "bitsandbytes", "torch.distributed"):
+    # torch says of selective recomputation what its documentation says.
+    talkers = ("lightning.pytorch", "lightning.fabric", "bitsandbytes", "torch.distributed", "torch._higher_order_ops.wrap")
+    for name in talkers:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|bitsandbytes|peft|transformers|torch)\b")

@@ -18,6 +18,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # Ground: nothing of ours, so that anything may stand on it.
     "errors": (),
     "threads": (),
+    "allocator": (),
     "redaction": (),
     "rng": (),
     "losses": (),  # pure functions on tensors
@@ -52,6 +53,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
         "checkpoints", "data", "errors", "evaluation", "interrupts", "models", "modules", "packing", "reference_store", "rng",
         "storage", "text",
     ),
+    # What an artifact must say again wherever it is served: rendered, encoded and generated as in evaluation.
+    "passport": ("errors", "evaluation", "models", "storage", "text"),
     # The config side: knows names and rules, never a tensor.
     "overrides": ("problems", "redaction"),
     "training_rules": ("problems", "rules"),
@@ -69,25 +72,47 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     "quiet": (),
     "speed": ("device", "models"),
+    "memory": ("models",),
+    "memory_plan": ("device", "memory", "models", "speed"),
     # Evaluation: checkpoints found and loaded, asked, and compared.
     "evaluation_schema": ("schema", "schema_types"),
     "evaluation_config": ("checks", "config", "errors", "evaluation_schema", "overrides", "problems", "schema", "schema_types"),
     "subjects": ("assembly", "checkpoints", "device", "errors", "evaluation", "models", "storage"),
+    # From checkpoint to artifact: what is written must say what base and adapter say.
+    "merging": (
+        "assembly", "device", "errors", "evaluation", "kernels", "models", "passport", "quiet", "rng", "run_folder", "storage",
+        "subjects", "text",
+    ),
+    "verifying": ("device", "errors", "models", "passport", "quiet", "rng", "subjects", "text"),
+    # A card is of inert text, as a report's page is.
+    "pushing": ("errors", "models", "redaction", "report", "storage"),
     "evaluation_parts": ("data", "errors", "evaluation", "subjects"),
     "evaluating": (
         "callbacks", "device", "errors", "evaluation", "evaluation_parts", "interrupts", "quiet", "report", "rng",
         "run_folder", "storage", "subjects",
     ),
+    "chat_config": ("errors", "evaluation_config", "evaluation_schema", "schema", "schema_types"),
+    "chat": (
+        "device", "errors", "evaluation", "interrupts", "models", "problems", "quiet", "report", "rng", "storage", "subjects",
+        "text",
+    ),
+    # What the model will see, through the ways that training, previews, evaluations and chats take.
+    "audit": (
+        "assembly", "chat", "data", "errors", "evaluation", "models", "quiet", "report", "storage", "text",
+    ),
+    # Stands on little: it is asked when something else is broken.
+    "doctor": ("data", "device", "errors", "report"),
     "runs": (
-        "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "fitting", "interrupts", "models",
-        "opening", "quiet", "run_folder", "speed", "starting", "storage", "summary", "targets", "text",
+        "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "fitting", "interrupts", "memory_plan",
+        "models", "opening", "passport", "quiet", "run_folder", "speed", "starting", "storage", "summary", "targets", "text",
     ),
     # Doors.
-    "api": ("config", "errors", "evaluating", "evaluation_config", "interrupts", "runs", "threads"),
+    "api": ("allocator", "config", "errors", "evaluating", "evaluation_config", "interrupts", "runs", "threads"),
     "__init__": ("api",),
     "cli": (
-        "config", "errors", "evaluating", "evaluation_config", "evaluation_schema", "overrides", "redaction", "report", "runs",
-        "threads", "__init__",
+        "allocator", "audit", "chat", "chat_config", "config", "doctor", "errors", "evaluating", "evaluation_config",
+        "evaluation_schema", "merging", "overrides", "pushing", "redaction", "report", "runs", "threads", "verifying",
+        "__init__",
     ),
     "__main__": ("cli",),
 }  # fmt: skip

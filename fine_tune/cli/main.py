@@ -13,6 +13,12 @@ VERBS = {
     "evaluate": ("fine_tune.cli.evaluate", "ask checkpoints: fine-tune evaluate ckpt=[base,runs/sft] eval=exact_match"),
     "report": ("fine_tune.cli.report", "one page of a run or of several: fine-tune report runs/sft runs/dpo"),
     "study": ("fine_tune.cli.study", "runs compared, asked and reported: fine-tune study side_by_side ckpt=[base,runs/sft]"),
+    "chat": ("fine_tune.cli.chat", "talk to a checkpoint, or to two side by side: fine-tune chat ckpt=[base,runs/sft]"),
+    "audit": ("fine_tune.cli.audit", "what the model will see of its data: fine-tune audit model=llama2_7b data=oasst1"),
+    "doctor": ("fine_tune.cli.doctor", "can this machine do what runs need: fine-tune doctor"),
+    "merge": ("fine_tune.cli.merge", "adapter and base become one model, proven to say the same: fine-tune merge ckpt=runs/sft"),
+    "verify": ("fine_tune.cli.verify", "does a folder or server say what was trained: fine-tune verify passport=runs/sft url=..."),
+    "push": ("fine_tune.cli.push", "an adapter or merged model to the hub, with a card: fine-tune push ckpt=runs/sft repo=me/sft"),
     "demo": ("fine_tune.cli.demo", "the whole story on the built-in world: base, SFT, DPO, verdict, report"),
 }
 

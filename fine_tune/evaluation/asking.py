@@ -78,13 +78,11 @@ class Generation:
 
     def complete(self, subject: Subject, questions: Sequence[Question]) -> list[Completion]:
         """Answer the questions of one chunk together; a prompt longer than the context keeps its last tokens."""
-        config = causal_lm(subject.network).config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
         answerer = Answerer(
             subject.network,
             subject.tokenizer,
             subject.template,
-            max_prompt_tokens=max(1, context - self.max_new_tokens),
+            max_prompt_tokens=max(1, context_of(subject) - self.max_new_tokens),
             precision=subject.precision,
             batch_size=max(1, len(questions)),
             sampling=self.sampling,
@@ -96,6 +94,12 @@ class Generation:
                 base=subject.base,
                 keys=[question.id for question in questions],
             )
+
+
+def context_of(subject: Subject) -> int:
+    """Return the most tokens that a prompt and its answer may have together."""
+    config = causal_lm(subject.network).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
 
 
 def line_of(question: Question, said: Completion) -> dict[str, Any]:

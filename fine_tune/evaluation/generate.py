@@ -111,7 +111,7 @@ def _continue(
     """Continue one batch. It is our own loop: a finished row leaves the batch, so that one long answer is not paid by all."""
     inner: Any = causal_lm(model)
     ids, mask = _left_padded(prompts, decoding.pad_id, inner.device)
-    batch = _Batch(inner, mask)
+    batch = Batch(inner, mask)
     chooser = Chooser(decoding.sampling, keys, decoding.max_new_tokens)
     found: list[list[int]] = [[] for _ in prompts]
     stopped: set[int] = set()
@@ -128,17 +128,22 @@ def _continue(
     return [Generated(row_ids, row in stopped) for row, row_ids in enumerate(found)]
 
 
-class _Batch:
+class Batch:
     """Rows that still grow, with their cache.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        mask: False where a prompt is padded, ``[R, T]``.
+        cache: Keys and values of the first tokens of the prompts, where they are known already.
 
     Attributes:
         rows: Which prompt each row continues.
     """
 
-    def __init__(self, model: Any, mask: Tensor) -> None:
+    def __init__(self, model: Any, mask: Tensor, cache: DynamicCache | None = None) -> None:
         self.model, self.mask = model, mask
         self.rows = list(range(len(mask)))
-        self.cache = DynamicCache(config=model.config.get_text_config())
+        self.cache = DynamicCache(config=model.config.get_text_config()) if cache is None else cache
         # Of a prompt only the last token's logits are wanted; nearly every model can leave the others out.
         can_skip = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.options: dict[str, Any] = {"logits_to_keep": 1} if can_skip else {}

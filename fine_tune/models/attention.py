@@ -49,10 +49,20 @@ def packed_attention(
     window = kwargs.get("sliding_window")
     window = window if window is not None and window < segments.max_keys else None
     scale = kwargs.get("scaling")
-    # Under autocast rotary embeddings leave queries and keys in float32; the values say what is computed in.
-    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    dtype = _compute_dtype(value)
+    q, k, v = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))
     attend = _varlen if has_varlen(value) else _opaque if torch.compiler.is_compiling() else _bucketed
     return attend(q, k, v, segments=segments, scale=scale, window=window).unsqueeze(0), None
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    """The dtype that products are to be computed in.
+
+    Under autocast rotary embeddings leave queries and keys in float32, and values too where the model is stored in it.
+    """
+    if torch.is_autocast_enabled(value.device.type) and value.dtype == torch.float32:
+        return torch.get_autocast_dtype(value.device.type)
+    return value.dtype
 
 
 def refuse_unsupported(module: nn.Module, options: Mapping[str, Any], ours: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from fine_tune.errors import ConfigError, EnvironmentProblem, UnsafeArtifact
 
 BUILTIN = {"builtin:tiny": Path(__file__).parent.parent / "world" / "base"}
-WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+TEXT = ["*.json", "*.model", "*.txt", "*.jinja"]
+WANTED = ["*.safetensors", "*.safetensors.index.json", *TEXT]
 
 
 def resolve_model(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
@@ -22,18 +23,34 @@ def resolve_model(path: str, *, revision: str | None = None, trust_remote_code: 
     """
     folder = _local(path)
     if folder is None:
-        folder = _download(path, revision, code=trust_remote_code)
+        folder = _download(path, revision, [*WANTED, "*.py"] if trust_remote_code else WANTED)
     if not trust_remote_code:
-        _refuse_code(folder)
+        _refuse_code(folder, "config.json", "tokenizer_config.json")
     return folder
 
 
-def _local(path: str) -> Path | None:
+def resolve_text(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """Return a folder that holds a model's tokenizer: no weights are fetched, and a local one needs no config.
+
+    Raises:
+        ConfigError: A local path that does not exist.
+        EnvironmentProblem: As ``resolve_model``.
+        UnsafeArtifact: The tokenizer wants to run its repository's code and ``trust_remote_code`` is off.
+    """
+    folder = _local(path, needs_config=False)
+    if folder is None:
+        folder = _download(path, revision, [*TEXT, "*.py"] if trust_remote_code else TEXT)
+    if not trust_remote_code:
+        _refuse_code(folder, "tokenizer_config.json")
+    return folder
+
+
+def _local(path: str, *, needs_config: bool = True) -> Path | None:
     if path in BUILTIN:
         return BUILTIN[path]
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if needs_config and not (folder / "config.json").is_file():
             raise ConfigError(f"model.path={path}: the folder has no config.json. Pass a model folder or a hub id.")
         return folder
     if path.startswith(("builtin:", "/", ".", "~")) or path.count("/") != 1:
@@ -41,10 +58,9 @@ def _local(path: str) -> Path | None:
     return None
 
 
-def _download(repository: str, revision: str | None, *, code: bool) -> Path:
+def _download(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    patterns = [*WANTED, "*.py"] if code else WANTED
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError as error:
@@ -66,8 +82,8 @@ def _download(repository: str, revision: str | None, *, code: bool) -> Path:
         ) from error
 
 
-def _refuse_code(folder: Path) -> None:
-    for name in ("config.json", "tokenizer_config.json"):
+def _refuse_code(folder: Path, *names: str) -> None:
+    for name in names:
         file = folder / name
         if file.is_file() and needs_own_code(_read_json(file)):
             raise UnsafeArtifact(

@@ -65,7 +65,7 @@ def test_the_groups_are_those_a_user_may_choose() -> None:
 
 
 def test_every_file_is_an_option_or_serves_one() -> None:
-    served = {CONF / "train.yaml", CONF / "evaluate.yaml"}
+    served = {CONF / "train.yaml", CONF / "evaluate.yaml", CONF / "chat.yaml"}
     served |= {CONF / group / f"{option}.yaml" for group, option in [*OPTIONS, *(("eval", name) for name in EVALUATIONS)]}
     for file in sorted(set(CONF.rglob("*.yaml")) - served):
         if file.parent.name == "base":

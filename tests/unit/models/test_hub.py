@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import errors
 
 from fine_tune.errors import ConfigError, EnvironmentProblem, UnsafeArtifact
-from fine_tune.models.hub import needs_own_code, resolve_model
+from fine_tune.models.hub import needs_own_code, resolve_model, resolve_text
 
 
 def model_folder(place: Path, config: dict[str, Any] | None = None, **tokenizer: Any) -> Path:
@@ -129,3 +129,29 @@ def test_a_known_architecture_needs_no_code_of_its_own() -> None:
     assert not needs_own_code({"model_type": "llama", "auto_map": AUTO_MAP})
     assert not needs_own_code({"model_type": "mystery"})
     assert needs_own_code({"model_type": "mystery", "auto_map": AUTO_MAP})
+
+
+@pytest.mark.parametrize("code", [False, True])
+def test_for_its_tokenizer_no_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: bool) -> None:
+    folder, asked = model_folder(tmp_path / "cached"), {}
+
+    def download(repository: str, **options: Any) -> str:
+        asked.update(options, repository=repository)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_text("owner/name", revision="v9", trust_remote_code=code) == folder
+    assert (asked["repository"], asked["revision"]) == ("owner/name", "v9")
+    assert asked["allow_patterns"] == ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])]
+
+
+def test_for_its_tokenizer_a_folder_needs_no_config_and_may_have_a_models_code(tmp_path: Path) -> None:
+    assert resolve_text(str(tmp_path)) == tmp_path
+    assert resolve_text("builtin:tiny") == resolve_model("builtin:tiny")
+    modelled = model_folder(tmp_path / "modelled", {"model_type": "mystery", "auto_map": AUTO_MAP})
+    assert resolve_text(str(modelled)) == modelled
+    own = model_folder(tmp_path / "own", auto_map={"AutoTokenizer": ["canary.T", None]})
+    with pytest.raises(UnsafeArtifact, match=r"tokenizer_config\.json of .* asks to run code"):
+        resolve_text(str(own))
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve_text("/no/where")

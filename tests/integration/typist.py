@@ -1,0 +1,98 @@
+"""A person at a terminal: a program behind a pseudo-terminal, typed at and read from."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import select
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+# The program makes the terminal its own, so that Ctrl-C reaches it as a signal.
+START = "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+RUN = "from fine_tune.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+# A machine that is busy with something else must not miss the middle of an answer.
+SLOWLY = (
+    "import time\nfrom fine_tune.evaluation.generate import Batch\nstep = Batch.step\n"
+    "def slow(self, ids):\n    time.sleep(0.1)\n    return step(self, ids)\nBatch.step = slow\n"
+)
+
+
+class Typist:
+    """Types at a program and reads what it writes.
+
+    Attributes:
+        seen: Everything it has written.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], handle: int) -> None:
+        self.process, self.handle = process, handle
+        self.seen = ""
+        self._read_to = 0
+
+    def wait_for(self, text: str, seconds: float = 90) -> str:
+        """Read until a text appears behind what was waited for before, and return everything up to its end."""
+        deadline = time.monotonic() + seconds
+        while (found := self.seen.find(text, self._read_to)) < 0:
+            assert time.monotonic() < deadline, f"{text!r} did not come: {self.seen[self._read_to :]!r}"
+            assert self._read(0.2), f"the program ended before {text!r}: {self.seen[self._read_to :]!r}"
+        start, self._read_to = self._read_to, found + len(text)
+        return self.seen[start : self._read_to]
+
+    def type(self, text: str) -> None:
+        os.write(self.handle, text.encode())
+
+    def end(self, seconds: float = 30) -> int:
+        """Wait until it has ended, and return its exit code."""
+        deadline = time.monotonic() + seconds
+        while self._read(0.2):
+            assert time.monotonic() < deadline, f"it goes on: {self.seen[self._read_to :]!r}"
+        return self.process.wait(timeout=seconds)
+
+    def line_mode(self) -> bool:
+        """Tell whether the terminal takes whole lines and shows what is typed, as it did at first."""
+        flags = termios.tcgetattr(self.handle)[3]
+        return bool(flags & termios.ICANON and flags & termios.ECHO)
+
+    def _read(self, seconds: float) -> bool:
+        """Read what there is; False at the end."""
+        ready, _, _ = select.select([self.handle], [], [], seconds)
+        if not ready:
+            return True
+        try:
+            new = os.read(self.handle, 65536)
+        except OSError:  # Linux says so when nobody has the other end open.
+            return False
+        self.seen += new.decode(errors="replace")
+        return bool(new)
+
+
+@contextmanager
+def at_a_terminal(words: Sequence[str], *, columns: int = 80, rows: int = 30, slowly: bool = False) -> Iterator[Typist]:
+    """Run a verb of `fine-tune` in a terminal of this size; ``slowly`` takes a tenth of a second for each token."""
+    code = START + (SLOWLY if slowly else "") + RUN
+    handle, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES", "NO_COLOR")}
+    environment |= {"TERM": "xterm-256color", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words],
+        stdin=other,
+        stdout=other,
+        stderr=other,
+        env=environment,
+        start_new_session=True,
+    )
+    os.close(other)
+    try:
+        yield Typist(process, handle)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(handle)
