@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fine_tune.errors import ConfigError, EnvironmentProblem
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the memory that is free, what a model's weights may take; the rest is for activations and libraries.
+USABLE = 0.85
 COMPUTE = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
@@ -86,3 +90,21 @@ def _precision(wanted: str, device: torch.device) -> str:
             f"trainer.precision=bf16-mixed: {name} has no bf16. Use trainer.precision=16-mixed or auto."
         )
     return wanted
+
+
+def fits(num_bytes: float, device: torch.device, *, held: float = 0) -> bool:
+    """Tell whether weights of so many bytes fit a device, where ``held`` of them are there already."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    return free is None or num_bytes - held <= USABLE * free
+
+
+def _free_memory() -> int | None:
+    """Return the bytes of main memory that are free, a container's own limit heeded; None where the system does not tell."""
+    found = []
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current"))
+        found.append(limit - used)
+    return min(found, default=None)

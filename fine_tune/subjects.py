@@ -15,6 +15,7 @@ import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from fine_tune import assembly, checkpoints
 from fine_tune.device import DevicePlan
@@ -174,6 +175,13 @@ def _same(labels: list[str]) -> list[int]:
     return [i for i, label in enumerate(folded) if folded.count(label) > 1]
 
 
+def spec_of(named: Named, tokenizer: PreTrainedTokenizerBase) -> AdapterSpec:
+    """Return the shape and scaling of a checkpoint's adapter: its own words, else those of its run."""
+    if named.weights is not None and (named.weights.parent / "adapter_config.json").is_file():
+        return spec_of_folder(named.weights.parent)
+    return assembly.adapter_spec(named.cfg, tokenizer)
+
+
 class Stage:
     """One loaded base on which checkpoints take turns.
 
@@ -210,8 +218,7 @@ class Stage:
         _, template = assembly.load_text(named.cfg["model"], self.folder)
         if named.weights is not None:
             check_adapter(named.weights.parent, self.fingerprint, key="ckpt")
-            described = (named.weights.parent / "adapter_config.json").is_file()
-            spec = spec_of_folder(named.weights.parent) if described else assembly.adapter_spec(named.cfg, self.tokenizer)
+            spec = spec_of(named, self.tokenizer)
             if not isinstance(self.network, PeftModel) or spec != self._spec:
                 self.network = replace_adapter(self.network, spec)
                 self._spec = spec

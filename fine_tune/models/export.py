@@ -27,6 +27,16 @@ def export_adapter(
         network.peft_config[ADAPTER].base_model_name_or_path = identity["model"]
         network.peft_config[ADAPTER].revision = identity["revision"]
     save_adapter_folder(network, folder, identity)
+    write_tokenizer(folder, tokenizer, template)
+
+
+def carry_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Give a tokenizer the chat template that was trained with."""
     # Other programs pass no end_of_turn to a template, so it is written into it.
     tokenizer.chat_template = f"{{%- set end_of_turn = {template.end_of_turn!r} -%}}\n{template.source}"
+
+
+def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+    """Write a tokenizer with the chat template that was trained with."""
+    carry_template(tokenizer, template)
     tokenizer.save_pretrained(str(folder))

@@ -28,10 +28,10 @@ def fit_vocabulary(model: PreTrainedModel, num_tokens: int, new_tokens: list[int
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
         model.requires_grad_(False)
         for each in _distinct([model.get_input_embeddings(), model.get_output_embeddings()]):
-            _set_to_mean(each, grown, known)
+            set_to_mean(each, grown, known)
     if new_tokens:
         for each in _distinct(list(trained_tables(model).values())):
-            _set_to_mean(each, new_tokens, known)
+            set_to_mean(each, new_tokens, known)
     return bool(grown)
 
 
@@ -54,7 +54,8 @@ def _distinct(tables: list[Any]) -> list[Any]:
 
 
 @torch.no_grad()
-def _set_to_mean(table: Any, rows: list[int], known: int) -> None:
+def set_to_mean(table: Any, rows: list[int], known: int) -> None:
+    """Give rows of a table, and of its bias if it has one, the mean of its first ``known`` rows."""
     weight: torch.Tensor = table.weight
     weight[rows] = weight[:known].float().mean(0).to(weight.dtype)
     bias = getattr(table, "bias", None)
