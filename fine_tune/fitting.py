@@ -113,7 +113,8 @@ def fit(
     reference: FrozenAdapter | None = None,
 ) -> Fitted:
     """Train to the last planned step; ``record`` goes into every checkpoint's manifest."""
-    module = _module(job, network, data, reference)
+    module = build_module(job.cfg, network, data, reference)
+    module.step = job.first_step
     module.answerer = answerer
     chosen, loggers = assembly.callbacks_and_loggers(job.cfg, job.path)
     throughput = next((c for c in chosen.values() if isinstance(c, Throughput)), None) or Throughput()
@@ -146,21 +147,23 @@ def fit(
     return Fitted(module, metrics, throughput, step)
 
 
-def _module(job: Job, network: nn.Module, data: PackedDataModule, reference: FrozenAdapter | None) -> StepModule:
-    trainer, objective = job.cfg["trainer"], job.cfg["objective"]
+def build_module(
+    cfg: Mapping[str, Any], network: nn.Module, data: PackedDataModule, reference: FrozenAdapter | None
+) -> StepModule:
+    """Build the objective's module over a network and planned data."""
+    trainer, objective = cfg["trainer"], cfg["objective"]
     settings = {key: value for key, value in objective.items() if key not in NOT_THE_MODULES}
     if reference is not None:
         settings |= {"reference": reference, "reference_name": objective["reference"]}
     module: StepModule = build(
         {"_target_": objective["_target_"]},
         network=network,
-        optim=assembly.optim_spec(job.cfg["optim"]),
+        optim=assembly.optim_spec(cfg["optim"]),
         num_steps=data.num_steps,
         max_skipped_steps=trainer["max_skipped_steps"],
         val_every_n_steps=trainer["val_every_n_steps"] if len(data.prepared.val) else 0,
         **settings,
     )
-    module.step = job.first_step
     return module
 
 

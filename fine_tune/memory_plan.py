@@ -14,7 +14,7 @@ from fine_tune.memory.choice import USABLE, Choice, choose
 from fine_tune.memory.estimate import Footprint, Step, Stored, Trained, footprint
 from fine_tune.memory.shape import ModelShape, read_shape
 from fine_tune.models.execution import Execution
-from fine_tune.speed import chosen_execution, speeds_for
+from fine_tune.speed import AMPERE, chosen_execution, speeds_for
 
 AUTO = "auto"
 # What a CPU takes, and what any device takes whose memory cannot be planned.
@@ -75,7 +75,9 @@ class MemoryPlan:
         return {**trainer, "speed": self.speed, "micro_batch_tokens": self.tokens}
 
 
-def plan_memory(cfg: Mapping[str, Any], device: DevicePlan, folder: Path, samples: Samples) -> MemoryPlan:
+def plan_memory(
+    cfg: Mapping[str, Any], device: DevicePlan, folder: Path, samples: Samples, *, card: int | None = None
+) -> MemoryPlan:
     """Settle ``trainer.speed`` and ``trainer.micro_batch_tokens`` where they are ``auto``, and estimate the peak.
 
     Args:
@@ -83,16 +85,18 @@ def plan_memory(cfg: Mapping[str, Any], device: DevicePlan, folder: Path, sample
         device: Where it will run.
         folder: The model's folder.
         samples: What the data asks for.
+        card: Bytes of a card of Ampere's generation or later that is not here, to plan for it.
     """
     trainer = cfg["trainer"]
     fixed = None if trainer["micro_batch_tokens"] == AUTO else trainer["micro_batch_tokens"]
-    names = speeds_for(device) if trainer["speed"] == AUTO else (trainer["speed"],)
+    usual = AMPERE if card is not None else speeds_for(device)
+    names = usual if trainer["speed"] == AUTO else (trainer["speed"],)
     speeds = {name: chosen_execution({**trainer, "speed": name}) for name in names}
     cuda = device.device.type == "cuda"
     shape = read_shape(folder, trust_remote_code=cfg["model"]["trust_remote_code"]) if cuda else None
     if shape is None:
         return MemoryPlan(names[0], speeds[names[0]], fixed or max(DEFAULT_TOKENS, samples.longest))
-    free = free_memory(device)
+    free = card if card is not None else free_memory(device)
     estimate = Estimator.of(cfg, shape, device)
     chosen: Choice = choose(
         speeds, estimate, budget=USABLE * free, longest=samples.longest, per_step=samples.per_step, fixed=fixed

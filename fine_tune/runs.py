@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from fine_tune import assembly, summary
-from fine_tune.assembly import prepare_spec
 from fine_tune.callbacks.progress import progress_bar
 from fine_tune.data.module import PackedDataModule
 from fine_tune.data.prepare import Prepared
@@ -24,7 +23,7 @@ from fine_tune.evaluation.answers import Answerer
 from fine_tune.evaluation.held_out import HeldOut, evaluate_held_out, read_held_out, write_held_out
 from fine_tune.fitting import Job, fit
 from fine_tune.interrupts import StopSignals
-from fine_tune.memory_plan import Samples, plan_memory
+from fine_tune.memory_plan import plan_memory
 from fine_tune.models.adapter import scaling
 from fine_tune.models.execution import prepare_layers
 from fine_tune.models.export import export_adapter
@@ -38,9 +37,9 @@ from fine_tune.run_folder import clear_folder, write_config, write_manifest
 from fine_tune.speed import chosen_execution
 from fine_tune.starting import check_sources, start
 from fine_tune.storage import storage_errors, write_json
-from fine_tune.targets import build
 from fine_tune.text.template import AUTO, ChatTemplate
 from fine_tune.text.tokenizer import tokenizer_fingerprint
+from fine_tune.training_data import plan_steps, prepared_data, samples_of
 
 
 @dataclass
@@ -169,41 +168,18 @@ def _answerer(job: Job, network: nn.Module, tokenizer: Any, template: ChatTempla
 
 def _data(job: Job, model_folder: Path, tokenizer: Any, template: ChatTemplate) -> PackedDataModule:
     """Prepare the rows, show what was lost on the way, settle what is left to the device's memory, and plan the steps."""
-    cfg = job.cfg
-    data: PackedDataModule = build(
-        {"_target_": cfg["data"]["_target_"]},
-        spec=prepare_spec(cfg),
-        seed=cfg["seed"],
-        global_batch_size=cfg["optim"]["global_batch_size"],
-        num_workers=cfg["trainer"]["num_workers"],
-    )
-    with progress_bar() as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, note="")
-            bar.update(tasks[what], completed=done, total=total)
-
-        prepared = data.prepare_tables(tokenizer, template, progress)
-    rich.get_console().print(prepared.ledger.render())
-    for line in prepared.warnings:
+    data = prepared_data(job.cfg, tokenizer, template)
+    rich.get_console().print(data.prepared.ledger.render())
+    for line in data.prepared.warnings:
         say(f"note: {line}")
-    _settle(job, model_folder, prepared)
-    settled = {key: job.cfg["trainer"][key] for key in ("micro_batch_tokens", "max_steps", "max_epochs")}
-    data.plan_steps(num_ranks=job.plan.num_ranks, **settled)
-    data.first_step = job.first_step
-    return data
-
-
-def _settle(job: Job, model_folder: Path, prepared: Prepared) -> None:
-    """Choose the speed and the micro-batch that are left to the device's memory; the run goes on with the chosen ones."""
-    ranks, samples_per_step = job.plan.num_ranks, job.cfg["optim"]["global_batch_size"]
-    samples = Samples.of(prepared.train.lengths.tolist(), global_batch_size=samples_per_step, num_ranks=ranks)
-    found = plan_memory(job.cfg, job.plan, model_folder, samples)
-    job.cfg = {**job.cfg, "trainer": found.settled(job.cfg["trainer"])}
+    found = plan_memory(job.cfg, job.plan, model_folder, samples_of(job.cfg, data, num_ranks=job.plan.num_ranks))
     for line in found.describe():
         say(line)
+    # The run goes on with what was chosen.
+    job.cfg = {**job.cfg, "trainer": found.settled(job.cfg["trainer"])}
+    plan_steps(job.cfg, data, num_ranks=job.plan.num_ranks)
+    data.first_step = job.first_step
+    return data
 
 
 def _held_out(job: Job, answerer: Answerer, prepared: Prepared, *, who: str) -> HeldOut | None:

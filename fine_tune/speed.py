@@ -15,6 +15,8 @@ SPEEDS = {
     "balanced": Execution("selective", compile=True, fused_lora=True),
     "lean": Execution("full", offload=True, compile=True, fused_lora=True),
 }
+# What auto may choose on cards of that generation and later, the fastest first.
+AMPERE = ("balanced", "lean")
 KEYS = tuple(Execution.__dataclass_fields__)
 
 
@@ -31,4 +33,4 @@ def speeds_for(plan: DevicePlan) -> tuple[str, ...]:
     compiled in one piece. Elsewhere the compiled ones: ``fast`` is not among them, as it takes a third more memory than
     ``balanced`` and was no faster (docs/performance.md).
     """
-    return ("balanced", "lean") if plan.is_ampere else ("plain",)
+    return AMPERE if plan.is_ampere else ("plain",)

@@ -74,6 +74,12 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "speed": ("device", "models"),
     "memory": ("models",),
     "memory_plan": ("device", "memory", "models", "speed"),
+    "training_data": ("assembly", "callbacks", "data", "memory_plan", "targets", "text"),
+    "planning": (
+        "assembly", "data", "device", "errors", "fitting", "memory", "memory_plan", "models", "modules", "quiet", "speed",
+        "starting", "training_data",
+    ),
+    "planning_table": ("memory", "planning"),
     # Evaluation: checkpoints found and loaded, asked, and compared.
     "evaluation_schema": ("schema", "schema_types"),
     "evaluation_config": ("checks", "config", "errors", "evaluation_schema", "overrides", "problems", "schema", "schema_types"),
@@ -105,13 +111,14 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "runs": (
         "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "fitting", "interrupts", "memory_plan",
         "models", "opening", "passport", "quiet", "run_folder", "speed", "starting", "storage", "summary", "targets", "text",
+        "training_data",
     ),
     # Doors.
     "api": ("allocator", "config", "errors", "evaluating", "evaluation_config", "interrupts", "runs", "threads"),
     "__init__": ("api",),
     "cli": (
         "allocator", "audit", "chat", "chat_config", "config", "doctor", "errors", "evaluating", "evaluation_config",
-        "evaluation_schema", "merging", "overrides", "pushing", "redaction", "report", "runs", "threads", "verifying",
+        "evaluation_schema", "merging", "overrides", "planning", "planning_table", "pushing", "redaction", "report", "runs", "threads", "verifying",
         "__init__",
     ),
     "__main__": ("cli",),

@@ -15,6 +15,7 @@ VERBS = {
     "study": ("fine_tune.cli.study", "runs compared, asked and reported: fine-tune study side_by_side ckpt=[base,runs/sft]"),
     "chat": ("fine_tune.cli.chat", "talk to a checkpoint, or to two side by side: fine-tune chat ckpt=[base,runs/sft]"),
     "audit": ("fine_tune.cli.audit", "what the model will see of its data: fine-tune audit model=llama2_7b data=oasst1"),
+    "plan": ("fine_tune.cli.plan", "what a run will take of its device: fine-tune plan model=llama2_7b method=qlora data=oasst1"),
     "doctor": ("fine_tune.cli.doctor", "can this machine do what runs need: fine-tune doctor"),
     "merge": ("fine_tune.cli.merge", "adapter and base become one model, proven to say the same: fine-tune merge ckpt=runs/sft"),
     "verify": ("fine_tune.cli.verify", "does a folder or server say what was trained: fine-tune verify passport=runs/sft url=..."),

@@ -30,7 +30,14 @@ class Choice:
 
 
 def choose(
-    speeds: Mapping[str, Execution], estimate: Estimate, *, budget: float, longest: int, per_step: int, fixed: int | None
+    speeds: Mapping[str, Execution],
+    estimate: Estimate,
+    *,
+    budget: float,
+    longest: int,
+    per_step: int,
+    fixed: int | None,
+    enough: int = ENOUGH_TOKENS,
 ) -> Choice:
     """Take the first speed that fits with enough tokens, else the one that fits with the most.
 
@@ -41,8 +48,9 @@ def choose(
         longest: Tokens of the longest sample, which every micro-batch must hold.
         per_step: Tokens of one optimizer step; a larger micro-batch would stay half empty.
         fixed: Tokens of a micro-batch where they are not to be chosen.
+        enough: The most tokens that are tried.
     """
-    wanted = max(longest, min(ENOUGH_TOKENS, _rounded(per_step)))
+    wanted = max(longest, min(enough, _rounded(per_step)))
     found = []
     for name, execution in speeds.items():
         tokens = fixed or _most_tokens(lambda n, e=execution: estimate(e, n).total <= budget, longest, wanted)  # type: ignore[misc]

@@ -1,0 +1,83 @@
+"""`plan`: what a run will take of its device, before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from fine_tune.allocator import let_segments_grow
+from fine_tune.cli.verb import run_verb
+from fine_tune.cli.words import above_zero, flag
+from fine_tune.config import check_config
+from fine_tune.errors import ConfigError, MemoryExhausted
+from fine_tune.threads import wait_politely
+
+USAGE = """usage: fine-tune plan [key=value ...] [card_gb=<GB>] [rehearse=true] [json=true]
+
+Takes the words of `train`, prepares the same rows, and adds up what a training step takes: weights, what trains,
+activations, the head; and how many tokens of a micro-batch fit at each speed. No weights are loaded.
+  fine-tune plan model=llama2_7b method=qlora data=oasst1
+  fine-tune plan model=llama2_7b method=lora data=oasst1 card_gb=24
+
+card_gb=<GB>    plan for a card that is not here (1 GB = 1e9 bytes; Ampere's generation or later)
+rehearse=true   then load the model here and run the fullest step twice: predicted beside measured
+json=true       figures for machines
+
+Exit code 7 if the step does not fit."""
+OWN = {"card_gb": above_zero, "rehearse": flag, "json": flag}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the plan verb and return its exit code.
+
+    Args:
+        argv: Words after the verb; None takes those of the process.
+    """
+    return run_verb(argv, USAGE, _plan, needs_words=False)
+
+
+def _plan(typed: list[str]) -> None:
+    own, cfg = _read(typed)
+    let_segments_grow()
+    wait_politely()
+    # The first import of torch, after everything that can be refused without it.
+    import rich
+
+    from fine_tune.planning import plan_run
+    from fine_tune.planning_table import render
+
+    found = plan_run(cfg, card_gb=own.get("card_gb"), rehearse=own.get("rehearse", False))
+    if own.get("json"):
+        figures = asdict(found)
+        figures.pop("cfg")
+        print(json.dumps(figures, indent=2))
+    else:
+        rich.get_console().print(render(found))
+    if not found.chosen.fits:
+        raise MemoryExhausted("this step is not expected to fit. Lower data.max_seq_len or method.rank, or use method=qlora.")
+
+
+def _read(typed: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part the verb's own words from the config's, and check all of them before any is acted on."""
+    own: dict[str, Any] = {}
+    overrides, problems = [], []
+    for word in typed:
+        key, _, value = word.partition("=")
+        if key not in OWN:
+            overrides.append(word)
+            continue
+        try:
+            own[key] = OWN[key](value)
+        except ValueError as rule:
+            problems.append(f"{word}: {rule}.")
+    if own.get("rehearse") and own.get("card_gb"):
+        problems.append("rehearse=true: needs the device itself. Leave card_gb out.")
+    try:
+        cfg = dict(check_config(overrides).cfg)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+    return own, cfg
