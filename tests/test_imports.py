@@ -118,8 +118,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "__init__": ("api",),
     "cli": (
         "allocator", "audit", "chat", "chat_config", "config", "doctor", "errors", "evaluating", "evaluation_config",
-        "evaluation_schema", "merging", "overrides", "planning", "planning_table", "pushing", "redaction", "report", "runs", "threads", "verifying",
-        "__init__",
+        "evaluation_schema", "merging", "overrides", "planning", "planning_table", "pushing", "redaction", "report", "runs",
+        "threads", "verifying", "__init__",
     ),
     "__main__": ("cli",),
 }  # fmt: skip
