@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
@@ -86,8 +85,9 @@ def ours(model: Path, evaluation: MMLU) -> tuple[list[Line], Clock]:
     lines: dict[int, Line] = {}
     with clock.running():
         items = evaluation.prepare(tokenizer, template)
-        for chunk in evaluation.chunks(items):
-            lines |= zip(chunk, evaluation.score(subject, items, chunk), strict=True)
+        chunks = evaluation.chunks(items)
+        for chunk, found in zip(chunks, evaluation.score_each(subject, items, chunks), strict=True):
+            lines |= zip(chunk, found, strict=True)
     print(evaluation.note(items, tokenizer))
     return [lines[i] for i in range(len(items))], clock
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rich.text import Text
 from fine_tune.callbacks.progress import progress_bar
 from fine_tune.device import DevicePlan, plan_device
 from fine_tune.errors import RunLocked
-from fine_tune.evaluation.protocol import Evaluation, Subject
+from fine_tune.evaluation.protocol import Evaluation, Subject, score_each
 from fine_tune.evaluation.record import Record, Result
 from fine_tune.evaluation.same_items import check_same_items, what_is_asked
 from fine_tune.evaluation.verdict import Verdict, compare, verdict_table
@@ -164,17 +164,17 @@ def _evaluate(
 def _score(
     label: str, subject: Subject, evaluation: Evaluation, items: Sequence[Any], chunks: list[list[int]], record: Record
 ) -> list[dict[str, Any]]:
-    """Score the chunks that are not there yet; each is on disk before the next begins."""
+    """Score the chunks that are not there yet; each is on disk before the next one's lines are asked for."""
     known = record.start(chunks)
+    missing = [index for index in range(len(chunks)) if index not in known]
     with progress_bar() as bar:
         task = bar.add_task(label, total=len(items), note="")
         bar.advance(task, sum(len(chunks[index]) for index in known))
-        for index, chunk in enumerate(chunks):
-            if index in known:
-                continue
-            known[index] = [finite(line) for line in evaluation.score(subject, items, chunk)]
-            record.add(index, known[index])
-            bar.advance(task, len(chunk))
+        with closing(score_each(evaluation, subject, items, [chunks[index] for index in missing])) as scored:
+            for index, lines in zip(missing, scored, strict=True):
+                known[index] = [finite(line) for line in lines]
+                record.add(index, known[index])
+                bar.advance(task, len(lines))
     by_item = {i: line for index, lines in known.items() for i, line in zip(chunks[index], lines, strict=True)}
     return [by_item[i] for i in range(len(items))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,9 @@ from fine_tune.models.attention import refuse_unsupported
 
 BLOCKED = "blocked"
 # Torch's CPU kernel leaves hidden keys out by 512 and hides the others after they were computed; blocks leave out nearly all.
-BLOCK_QUERIES = 128
+BLOCK_QUERIES = 64
+# Masks are cut out of tables whose widths are multiples of this.
+TABLE_KEYS = 1024
 # Its product with the values is slower for narrower heads than for these; added zeros change no sum. Over thousands of keys
 # the two products round differently by up to 1e-4 nats, so long rows keep what every other implementation does.
 MIN_WIDTH, MAX_WIDENED_KEYS = 16, 2048
@@ -75,29 +78,42 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float
     for start in range(0, length, BLOCK_QUERIES):
         stop = min(length, start + BLOCK_QUERIES)
         keys = slice(0 if window is None else max(0, past + start - window + 1), past + stop)
-        at = torch.arange(past + start, past + stop, device=q.device)
-        visible = _visible(at, torch.arange(keys.start, keys.stop, device=q.device), window)
-        blocks.append(_product(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], visible, scale))
+        mask = _mask(stop - start, past + start - keys.start, window, q)
+        blocks.append(_product(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], mask, scale))
     return torch.cat(blocks, dim=2)
 
 
 def _attend_at(places: Places, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float) -> Tensor:
     rows, positions = places
     at = positions + k.shape[2] - q.shape[2]
-    visible = _visible(at, torch.arange(k.shape[2], device=k.device), window)[:, None, None]
-    found = _product(q[rows, :, positions][:, :, None], k[rows], v[rows], visible, scale)
+    mask = _hidden(at[:, None] - torch.arange(k.shape[2], device=k.device), window, q.dtype)[:, None, None]
+    found = _product(q[rows, :, positions][:, :, None], k[rows], v[rows], mask, scale)
     out = torch.zeros_like(q)
     out[rows, :, positions] = found[:, :, 0]
     return out
 
 
-def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    distance = queries[:, None] - keys[None, :]
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+def _mask(queries: int, behind: int, window: int | None, like: Tensor) -> Tensor:
+    """Hide what a block of queries may not see, the first of which has so many keys behind it."""
+    width = -(-behind // TABLE_KEYS) * TABLE_KEYS
+    return _table(width, window, like.dtype, like.device)[:queries, width - behind : width + queries]
 
 
-def _product(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+@functools.lru_cache(maxsize=16)
+def _table(width: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Make the mask of a whole block with ``width`` keys behind it: every layer of every pass needs the same."""
+    queries = torch.arange(BLOCK_QUERIES, device=device)
+    return _hidden(queries[:, None] - torch.arange(-width, BLOCK_QUERIES, device=device), window, dtype)
+
+
+def _hidden(distance: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
+    """Turn how far keys lie behind queries into what is added to their scores."""
+    hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+    return torch.zeros(distance.shape, dtype=dtype, device=distance.device).masked_fill_(hidden, float("-inf"))
+
+
+def _product(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def register() -> None:

@@ -6,9 +6,9 @@ A choice's score is the summed log-probability of the tokens that ``encode(promp
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from functools import partial
-from itertools import pairwise
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +19,12 @@ from transformers import DynamicCache
 from fine_tune.errors import ConfigError, DataError
 from fine_tune.evaluation.blocked_attention import BLOCKED, Places, register
 from fine_tune.evaluation.generate import generating
+from fine_tune.evaluation.shared_beginnings import share_beginnings
 from fine_tune.evaluation.side_by_side import side_by_side
 from fine_tune.losses.logps import log_softmax_rows
 from fine_tune.models.adapter import causal_lm
 from fine_tune.models.base import decoder, output_head, set_attention
 
-# What a pass of its own costs, in tokens: below this a shared beginning is cheaper read again.
-PASS_COST_TOKENS = 64
 # Keys and values of a shared beginning are copied for each row of a pass: so many keys for each new token are allowed.
 KEYS_PER_TOKEN = 4
 # Every choice repeats its prompt: all of a benchmark at once would be lists of tens of millions of ids.
@@ -37,13 +36,6 @@ class ChoicePrompt(NamedTuple):
 
     ids: np.ndarray
     endings: tuple[tuple[int, ...], ...]
-
-
-class Shared(NamedTuple):
-    """Rows that begin with the same ``length`` tokens."""
-
-    length: int
-    members: tuple[int, ...]
 
 
 class Read(NamedTuple):
@@ -95,55 +87,6 @@ def _encode(tokenizer: Any, prompts: Sequence[str], letters: Sequence[str]) -> l
     return found
 
 
-def share_beginnings(rows: Sequence[np.ndarray], *, pass_cost: int = PASS_COST_TOKENS) -> list[Shared]:
-    """Group rows by what they begin with, so that the fewest tokens are computed.
-
-    A group of n rows that share p tokens saves ``(n - 1) * p`` and costs a pass. In lexicographic order rows with a common
-    beginning are neighbours, so the best division of that order is the best of all. Rows without a partner come last, as
-    one group of length 0.
-    """
-    # Big-endian bytes sort as the numbers do.
-    order = sorted(range(len(rows)), key=lambda i: rows[i].astype(">u4").tobytes())
-    common = [common_beginning(rows[a], rows[b]) for a, b in pairwise(order)]
-    saved, cut = [0], [0]
-    for end in range(1, len(order) + 1):
-        best, start = saved[end - 1], end - 1
-        length = None
-        for first in range(end - 2, -1, -1):
-            length = common[first] if length is None else min(length, common[first])
-            if length == 0:
-                break
-            gain = saved[first] + (end - first - 1) * length - pass_cost
-            if gain >= best:
-                best, start = gain, first
-        saved.append(best)
-        cut.append(start)
-    groups, end = [], len(order)
-    while end:
-        groups.append(order[cut[end] : end])
-        end = cut[end]
-    shared = [Shared(_shared_length(rows, group), tuple(sorted(group))) for group in groups if len(group) > 1]
-    alone = sorted(group[0] for group in groups if len(group) == 1)
-    return sorted(shared, key=lambda one: one.members) + ([Shared(0, tuple(alone))] if alone else [])
-
-
-def _shared_length(rows: Sequence[np.ndarray], group: Sequence[int]) -> int:
-    # First and last in order differ earliest.
-    return common_beginning(rows[group[0]], rows[group[-1]])
-
-
-def common_beginning(first: np.ndarray, second: np.ndarray) -> int:
-    """Count the tokens before two rows differ.
-
-    Example:
-        >>> common_beginning(np.array([1, 2, 3]), np.array([1, 2, 4, 5]))
-        2
-    """
-    size = min(len(first), len(second))
-    different = np.flatnonzero(first[:size] != second[:size])
-    return int(different[0]) if len(different) else size
-
-
 def rows_of(prompt: ChoicePrompt, index: int, context: int) -> list[Row]:
     """Lay out what has to be computed for one prompt.
 
@@ -170,35 +113,32 @@ def rows_of(prompt: ChoicePrompt, index: int, context: int) -> list[Row]:
 
 
 def choice_logps(
-    network: nn.Module, prompts: Sequence[ChoicePrompt], *, context: int, pass_tokens: int = 1024
-) -> list[list[float]]:
-    """Score every choice of every prompt.
+    network: nn.Module, chunks: Sequence[Sequence[ChoicePrompt]], *, context: int, pass_tokens: int = 1024
+) -> Generator[list[list[float]], None, None]:
+    """Score every choice of every prompt, chunk by chunk; on a CPU the next chunks are under way meanwhile.
 
     Args:
-        network: A causal language model with packed attention, adapted or not.
-        prompts: What to score; those with a common beginning share its computation.
+        network: A causal language model with packed attention, adapted or not; in evaluation mode until the end, or ``close``.
+        chunks: What to score; prompts of one chunk with a common beginning share its computation.
         context: Most tokens that the model sees; longer prompts keep their last ones.
         pass_tokens: Most tokens of one forward pass, padding included and shared beginnings not; with those, four times as many.
 
-    Returns:
-        Log-probabilities in nats, per prompt and choice.
+    Yields:
+        Log-probabilities in nats of one chunk, per prompt and choice. No other chunk has a part in them.
     """
-    rows = [row for index, prompt in enumerate(prompts) for row in rows_of(prompt, index, context)]
-    scores = [[0.0] * len(prompt.endings) for prompt in prompts]
     # A compiled layer would be made anew for every length of the cache.
     with torch.compiler.set_stance("force_eager"), generating(network):
         _speed_up(network)
-        for shared in share_beginnings([row.ids for row in rows]):
-            members = [rows[i] for i in shared.members]
-            # The state of the first read belongs to the rows: it is where they stop being the same.
-            length = min(shared.length, *(row.first_read for row in members))
-            cache = _read_beginning(network, members[0].ids[:length])
-            read_rows = partial(_read_rows, network, cache=cache, shared=length)
-            batches = _batches(members, length, pass_tokens)
-            for found in side_by_side(read_rows, batches, causal_lm(network).device):
-                for read, logp in found:
-                    scores[read.prompt][read.choice] += logp
-    return scores
+        passes = (one for prompts in chunks for one in _passes(network, prompts, context, pass_tokens))
+        with closing(side_by_side(_read, passes, causal_lm(network).device)) as found:
+            for prompts in chunks:
+                scores = [[0.0] * len(prompt.endings) for prompt in prompts]
+                missing = sum(len(ending) for prompt in prompts for ending in prompt.endings)
+                while missing:
+                    for read, logp in next(found):
+                        scores[read.prompt][read.choice] += logp
+                        missing -= 1
+                yield scores
 
 
 def _speed_up(network: nn.Module) -> None:
@@ -209,13 +149,49 @@ def _speed_up(network: nn.Module) -> None:
         set_attention(inner, BLOCKED)
 
 
-def _read_beginning(network: nn.Module, ids: np.ndarray) -> DynamicCache | None:
-    if not len(ids):
-        return None
-    inner = causal_lm(network)
-    cache = DynamicCache(config=inner.config)
-    decoder(inner)(input_ids=torch.from_numpy(ids)[None].to(inner.device), past_key_values=cache, use_cache=True)
-    return cache
+class _Beginning:
+    """Keys and values of what rows share; the first pass that needs them computes them, others wait for it."""
+
+    def __init__(self, inner: Any, ids: np.ndarray) -> None:
+        self.inner, self.ids = inner, ids
+        self._cache: DynamicCache | None = None
+        self._lock = Lock()
+
+    def for_rows(self, count: int) -> DynamicCache | None:
+        """Return a copy for each of so many rows: a pass writes into its cache, and sliding windows forget."""
+        if not len(self.ids):
+            return None
+        with self._lock:
+            if self._cache is None:
+                self._cache = self._read()
+        past = copy.deepcopy(self._cache)
+        past.batch_repeat_interleave(count)
+        return past
+
+    def _read(self) -> DynamicCache:
+        cache = DynamicCache(config=self.inner.config)
+        ids = torch.from_numpy(self.ids)[None].to(self.inner.device)
+        nowhere = torch.empty(2, 0, dtype=torch.long, device=ids.device)
+        decoder(self.inner)(input_ids=ids, past_key_values=cache, use_cache=True, places=Places(*nowhere))
+        return cache
+
+
+class _Pass(NamedTuple):
+    """Rows that go through the model together, behind what they share."""
+
+    beginning: _Beginning
+    rows: list[Row]
+
+
+def _passes(network: nn.Module, prompts: Sequence[ChoicePrompt], context: int, pass_tokens: int) -> Iterator[_Pass]:
+    rows = [row for index, prompt in enumerate(prompts) for row in rows_of(prompt, index, context)]
+    for shared in share_beginnings([row.ids for row in rows]):
+        members = [rows[i] for i in shared.members]
+        # The state of the first read belongs to the rows: it is where they stop being the same.
+        length = min(shared.length, *(row.first_read for row in members))
+        beginning = _Beginning(causal_lm(network), members[0].ids[:length])
+        for batch in _batches(members, length, pass_tokens):
+            yield _Pass(beginning, batch)
 
 
 def _batches(rows: Sequence[Row], shared: int, pass_tokens: int) -> list[list[Row]]:
@@ -231,24 +207,19 @@ def _batches(rows: Sequence[Row], shared: int, pass_tokens: int) -> list[list[Ro
     return batches
 
 
-def _read_rows(
-    network: nn.Module, rows: Sequence[Row], *, cache: DynamicCache | None, shared: int
-) -> list[tuple[Read, float]]:
-    inner = causal_lm(network)
+def _read(one: _Pass) -> list[tuple[Read, float]]:
+    beginning, rows = one
+    inner, shared = beginning.inner, len(beginning.ids)
     own = [torch.from_numpy(row.ids[shared:]) for row in rows]
     # Padding is on the right, where causal attention hides it; 0 is as good as any token.
     ids = nn.utils.rnn.pad_sequence(own, batch_first=True).to(inner.device)
-    options: dict[str, Any] = {"use_cache": False}
-    if cache is not None:
-        # A pass writes into its cache, and sliding windows forget: every pass starts from a fresh copy.
-        past = copy.deepcopy(cache)
-        past.batch_repeat_interleave(len(rows))
-        options = {"use_cache": True, "past_key_values": past}
+    past = beginning.for_rows(len(rows))
     reads = [(n, read.position - shared, read) for n, row in enumerate(rows) for read in row.reads]
     places = {place: i for i, place in enumerate(dict.fromkeys((n, position) for n, position, _ in reads))}
     at = Places(*torch.tensor(list(places), device=ids.device).T)
-    states: Tensor = decoder(inner)(input_ids=ids, places=at, **options).last_hidden_state
-    logps = log_softmax_rows(states[at.rows, at.positions], *output_head(inner))
+    out = decoder(inner)(input_ids=ids, past_key_values=past, use_cache=past is not None, places=at)
+    states: Tensor = out.last_hidden_state[at.rows, at.positions]
+    logps = log_softmax_rows(states, *output_head(inner))
     where = torch.tensor([places[n, position] for n, position, _ in reads], device=ids.device)
     targets = torch.tensor([read.target for _, _, read in reads], device=ids.device)
     found = logps[where, targets].double().tolist()

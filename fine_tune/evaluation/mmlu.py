@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fine_tune.errors import ConfigError
 from fine_tune.evaluation.answers import adapter_as_asked
-from fine_tune.evaluation.choices import ChoicePrompt, choice_logps, encode_choices, share_beginnings
+from fine_tune.evaluation.choices import ChoicePrompt, choice_logps, encode_choices
 from fine_tune.evaluation.mmlu_data import CATEGORIES, LETTERS, Prompt, category_of, read_csv, read_hub_set, read_json
 from fine_tune.evaluation.protocol import Subject, evaluating
 from fine_tune.evaluation.scores import share
+from fine_tune.evaluation.shared_beginnings import share_beginnings
 from fine_tune.models.adapter import causal_lm
 from fine_tune.text.template import ChatTemplate
 
@@ -96,13 +98,23 @@ class MMLU:
 
     def score(self, subject: Subject, items: Sequence[MMLUItem], chunk: list[int]) -> list[dict[str, Any]]:
         """Score the letters of each question of one chunk."""
+        [lines] = self.score_each(subject, items, [chunk])
+        return lines
+
+    def score_each(
+        self, subject: Subject, items: Sequence[MMLUItem], chunks: Sequence[list[int]]
+    ) -> Generator[list[dict[str, Any]], None, None]:
+        """Score chunk after chunk, on a CPU with the next ones under way: no thread waits for the last pass of a subject."""
         context = self.context_length or _own_context(subject)
         tokens = self.pass_tokens or PASS_TOKENS.get(subject.device.type, PASS_TOKENS["cpu"])
-        asked = [items[i] for i in chunk]
-        with evaluating(subject), adapter_as_asked(subject.network, base=subject.base):
-            encoded = [item.encoded for item in asked]
-            scores = choice_logps(subject.network, encoded, context=context, pass_tokens=tokens)
-        return [_line(item, logps, context) for item, logps in zip(asked, scores, strict=True)]
+        asked = [[items[i].encoded for i in chunk] for chunk in chunks]
+        with (
+            evaluating(subject),
+            adapter_as_asked(subject.network, base=subject.base),
+            closing(choice_logps(subject.network, asked, context=context, pass_tokens=tokens)) as found,
+        ):
+            for chunk, scores in zip(chunks, found, strict=True):
+                yield [_line(items[i], logps, context) for i, logps in zip(chunk, scores, strict=True)]
 
     def metrics(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return accuracy over questions, its mean over subjects, and both by subject and category."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -68,6 +68,17 @@ class Evaluation(Protocol):
 
     def groups(self, line: Mapping[str, Any]) -> str | None:
         """Name the group that a line is reported in, None for no groups."""
+
+
+def score_each(
+    evaluation: Evaluation, subject: Subject, items: Sequence[Any], chunks: Sequence[list[int]]
+) -> Generator[list[dict[str, Any]], None, None]:
+    """Score chunk after chunk; an evaluation with a ``score_each`` of its own may have the next ones under way meanwhile."""
+    own = getattr(evaluation, "score_each", None)
+    if own is not None:
+        yield from own(subject, items, chunks)
+    else:
+        yield from (evaluation.score(subject, items, chunk) for chunk in chunks)
 
 
 @contextmanager

@@ -55,6 +55,26 @@ def test_killed_at_every_kind_of_place_and_at_three_random_moments(nf4: Path, qu
     assert len([line for line in told if line.startswith("killed at")]) >= 2
 
 
+def write_subjects(folder: Path) -> Path:
+    """Five subjects of MMLU, three questions each, so that the next subjects are under way when a chunk is written."""
+    rng = random.Random(2)
+    (folder / "val").mkdir(parents=True)
+    for subject in "abcde":
+        rows = [",".join(f"w{rng.randrange(60)} w{rng.randrange(60)}" for _ in range(5)) + ",A" for _ in range(3)]
+        (folder / "val" / f"{subject}_val.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_killed_while_the_next_chunks_are_under_way(nf4: Path, tmp_path: Path) -> None:
+    words = ["eval=mmlu", "eval.format=csv", "eval.shots=0", f"eval.path={write_subjects(tmp_path / 'mmlu')}"]
+    places = [("inside", 2), ("before", 1), ("behind", 0)]
+    assert_resumes(tmp_path / "r", [f"ckpt=[base,{nf4}]", *words], places=places, moments=[0.55])
+    for file in (tmp_path / "r" / "clean").rglob("items.jsonl"):
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        assert [line["id"] for line in lines] == [f"{subject}/{n}" for subject in "abcde" for n in range(3)]
+        assert len({line["logps"]["A"] for line in lines}) == 15
+
+
 @pytest.mark.drill
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["drawn answers", "perplexity"])

@@ -1,24 +1,19 @@
 from __future__ import annotations
 
-from itertools import combinations
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from fine_tune.errors import ConfigError, DataError
 from fine_tune.evaluation import choices
-from fine_tune.evaluation.choices import (
-    ChoicePrompt,
-    choice_logps,
-    common_beginning,
-    encode_choices,
-    rows_of,
-    share_beginnings,
-)
+from fine_tune.evaluation.choices import ChoicePrompt, choice_logps, encode_choices, rows_of
+from fine_tune.evaluation.shared_beginnings import share_beginnings
 from fine_tune.models import attention
 from fine_tune.models.base import decoder, set_attention
 
@@ -63,13 +58,19 @@ def one_by_one(model: LlamaForCausalLM, asked: list[ChoicePrompt], context: int)
     return found
 
 
+def score(model: nn.Module, asked: list[ChoicePrompt], **options: Any) -> list[list[float]]:
+    """Score one chunk."""
+    [found] = choice_logps(model, [asked], **options)
+    return found
+
+
 def gap(ours: list[list[float]], theirs: list[list[float]]) -> float:
     return max(abs(a - b) for mine, other in zip(ours, theirs, strict=True) for a, b in zip(mine, other, strict=True))
 
 
 @pytest.mark.parametrize("pass_tokens", [1, 70, 100_000])
 def test_shared_beginnings_score_as_plain_texts_do(model: LlamaForCausalLM, pass_tokens: int) -> None:
-    ours = choice_logps(model, prompts(), context=64, pass_tokens=pass_tokens)
+    ours = score(model, prompts(), context=64, pass_tokens=pass_tokens)
     theirs = one_by_one(model, prompts(), 64)
     assert gap(ours, theirs) < 1e-9
     # Control: neighbours' scores are another matter.
@@ -81,9 +82,9 @@ def test_the_attention_of_other_devices_scores_the_same(
 ) -> None:
     seen: list[str] = []
     hook = decoder(model).register_forward_pre_hook(lambda *_: seen.append(model.config._attn_implementation))
-    ours = choice_logps(model, prompts(), context=64)
+    ours = score(model, prompts(), context=64)
     monkeypatch.setattr(choices, "_speed_up", lambda _network: None)
-    assert gap(ours, choice_logps(model, prompts(), context=64)) < 1e-9
+    assert gap(ours, score(model, prompts(), context=64)) < 1e-9
     hook.remove()
     assert set(seen) == {"blocked", "sdpa"}
 
@@ -98,17 +99,17 @@ def test_windows_of_attention_slide_over_the_shared_beginning(pass_tokens: int) 
     model = Qwen2ForCausalLM(config).double()
     assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     attention.register()
-    ours = choice_logps(model, prompts(), context=64, pass_tokens=pass_tokens)
+    ours = score(model, prompts(), context=64, pass_tokens=pass_tokens)
     assert gap(ours, one_by_one(model, prompts(), 64)) < 1e-9
     # Control: the windows are seen at all.
     for layer in model.model.layers:
         layer.self_attn.sliding_window = None
-    assert gap(ours, choice_logps(model, prompts(), context=64)) > 1e-3
+    assert gap(ours, score(model, prompts(), context=64)) > 1e-3
 
 
 @pytest.mark.parametrize("context", [24, 14, 3])
 def test_long_prompts_keep_their_last_tokens(model: LlamaForCausalLM, context: int) -> None:
-    ours = choice_logps(model, prompts(), context=context)
+    ours = score(model, prompts(), context=context)
     assert gap(ours, one_by_one(model, prompts(), context)) < 1e-9
     assert gap(ours, one_by_one(model, prompts(), 64)) > 1e-3
 
@@ -116,20 +117,28 @@ def test_long_prompts_keep_their_last_tokens(model: LlamaForCausalLM, context: i
 def test_the_beginning_matters(model: LlamaForCausalLM) -> None:
     changed = [ChoicePrompt(np.concatenate([[6], p.ids[1:]]), p.endings) for p in prompts()]
     assert changed[0].ids[0] != prompts()[0].ids[0]
-    before, after = (choice_logps(model, asked, context=64) for asked in (prompts(), changed))
+    before, after = (score(model, asked, context=64) for asked in (prompts(), changed))
     assert all(gap([a], [b]) > 1e-6 for a, b in zip(before, after, strict=True))
 
 
-def test_the_beginning_is_computed_once_and_one_token_choices_share_a_row(model: LlamaForCausalLM) -> None:
+@pytest.mark.parametrize(("pass_tokens", "passes"), [(100, [(3, 5)]), (1, [(1, 3), (1, 4), (1, 5)])])
+def test_the_beginning_is_computed_once_and_one_token_choices_share_a_row(
+    model: LlamaForCausalLM, two_threads: None, pass_tokens: int, passes: list[tuple[int, int]]
+) -> None:
     first = ids(40, 1)
     asked = [ChoicePrompt(np.concatenate([first, ids(n, n)]), ((7,), (8,), (9,), (10,))) for n in (3, 4, 5)]
     seen: list[tuple[int, ...]] = []
-    hook = decoder(model).register_forward_pre_hook(
-        lambda _module, _args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    choice_logps(model, asked, context=64)
+
+    def slowly(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+        seen.append(tuple(kwargs["input_ids"].shape))
+        # Long enough for the other thread to need the beginning as well.
+        time.sleep(0.1)
+
+    hook = decoder(model).register_forward_pre_hook(slowly, with_kwargs=True)
+    score(model, asked, context=64, pass_tokens=pass_tokens)
     hook.remove()
-    assert seen == [(1, 40), (3, 5)]
+    assert seen[0] == (1, 40)
+    assert sorted(seen[1:]) == passes
 
 
 @pytest.mark.parametrize(
@@ -147,6 +156,22 @@ def test_a_pass_holds_so_many_new_tokens(
     assert [len(batch) for batch in choices._batches(rows, 9, 8)] == [3, 1]
 
 
+def test_chunks_score_as_they_do_alone(model: LlamaForCausalLM, two_threads: None) -> None:
+    chunks = [prompts()[:4], prompts()[4:5], prompts()[5:]]
+    alone = [score(model, chunk, context=64, pass_tokens=20) for chunk in chunks]
+    # To the last bit: a chunk that is computed again after a kill is the one that was lost.
+    assert list(choice_logps(model, chunks, context=64, pass_tokens=20)) == alone
+
+
+def test_closed_half_way_modes_come_back(model: LlamaForCausalLM) -> None:
+    model.train()
+    found = choice_logps(model, [[one] for one in prompts()], context=64)
+    next(found)
+    assert (model.training, model.config._attn_implementation) == (False, "blocked")
+    found.close()
+    assert (model.training, model.config._attn_implementation) == (True, "packed")
+
+
 def test_choices_with_common_first_tokens_lie_in_one_row() -> None:
     prompt = ChoicePrompt(np.array([1, 2, 3]), ((9, 11), (7,), (9, 12), (10, 4)))
     rows = rows_of(prompt, 0, 64)
@@ -161,11 +186,16 @@ def test_choices_with_common_first_tokens_lie_in_one_row() -> None:
 def test_a_prompt_that_is_the_beginning_of_another(model: LlamaForCausalLM) -> None:
     long = ids(30, 4)
     asked = [ChoicePrompt(row, ENDINGS) for row in (long[:25], long, long)]
-    assert gap(choice_logps(model, asked, context=64), one_by_one(model, asked, 64)) < 1e-9
+    assert gap(score(model, asked, context=64), one_by_one(model, asked, 64)) < 1e-9
 
 
 def test_nothing_to_score(model: LlamaForCausalLM) -> None:
-    assert choice_logps(model, [], context=64) == []
+    assert list(choice_logps(model, [], context=64)) == []
+    assert list(choice_logps(model, [[], prompts()[:1], []], context=64)) == [
+        [],
+        score(model, prompts()[:1], context=64),
+        [],
+    ]
     assert encode_choices(None, [], "AB") == []
 
 
@@ -173,54 +203,14 @@ def test_modes_and_attention_come_back(model: LlamaForCausalLM) -> None:
     model.train()
     model.model.layers[1].eval()
     modes = [module.training for module in model.modules()]
-    choice_logps(model, prompts(), context=64)
+    score(model, prompts(), context=64)
     assert [module.training for module in model.modules()] == modes
     assert model.config._attn_implementation == "packed"
 
 
 def test_a_context_without_room_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(ConfigError, match=r"eval.context_length=2: a choice has 3 tokens. Raise it."):
-        choice_logps(model, prompts(), context=2)
-
-
-def test_groups_are_found_by_what_rows_begin_with() -> None:
-    rows = [prompt.ids for prompt in prompts()]
-    groups = share_beginnings(rows, pass_cost=8)
-    assert groups == [(20, (0, 2, 4, 6, 7, 9)), (12, (1, 5, 8)), (0, (3,))]
-    assert common_beginning(rows[0], rows[2]) == 20
-    # A pass that costs more than it saves is not made.
-    assert share_beginnings(rows, pass_cost=30) == [(20, (0, 2, 4, 6, 7, 9)), (0, (1, 3, 5, 8))]
-    assert share_beginnings([]) == []
-
-
-def saved(rows: list[np.ndarray], groups: list[tuple[int, ...]], cost: int) -> int:
-    total = 0
-    for group in groups:
-        if len(group) > 1:
-            common = min(common_beginning(rows[a], rows[b]) for a, b in combinations(group, 2))
-            total += (len(group) - 1) * common - cost if common else 0
-    return total
-
-
-def partitions(members: list[int]) -> list[list[tuple[int, ...]]]:
-    if not members:
-        return [[]]
-    head, rest = members[0], members[1:]
-    found = []
-    for size in range(len(rest) + 1):
-        for others in combinations(rest, size):
-            left = [m for m in rest if m not in others]
-            found += [[(head, *others), *more] for more in partitions(left)]
-    return found
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_no_division_saves_more(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    rows = [generator.integers(0, 2, generator.integers(3, 9)) for _ in range(6)]
-    best = max(saved(rows, groups, 2) for groups in partitions(list(range(6))))
-    ours = [group.members for group in share_beginnings(rows, pass_cost=2) if group.length]
-    assert saved(rows, ours, 2) == best
+        score(model, prompts(), context=2)
 
 
 def word_tokenizer(**special: str) -> PreTrainedTokenizerFast:
