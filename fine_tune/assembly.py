@@ -95,7 +95,9 @@ def load_network(
     """Load the base, made dense if that is asked for, and attach what trains."""
     network = load_bare(cfg, folder, tokenizer, plan)
     if dense_base:
-        make_dense(network, plan.compute_dtype)
+        # Without autocast a plain layer multiplies in the dtype that the rest of the model is stored in.
+        plain = plan.precision == "32-true"
+        make_dense(network, DTYPES[cfg["model"]["dtype"]] if plain else plan.compute_dtype)
     # Seeded here and not earlier: loading a base must not move the adapter's first values.
     seed_everything(cfg["seed"])
     return attach(network, adapter_spec(cfg, tokenizer))

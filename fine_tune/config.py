@@ -35,11 +35,13 @@ REPLACES = {
 }
 # Groups of keys whose names depend on a format or a schedule; rules check them.
 OPEN_KEYS = ("data.options.", "data.sources.", "optim.schedule_options.")
-# What may change when a run goes on: how long, where and how it is watched, never what it computes.
+# What may change when a run goes on: how long, where, how fast and how it is watched, never what it computes but for rounding.
 RESUMABLE = re.compile(
     r"resume|trainer\.(max_steps|max_epochs|num_workers|accelerator|devices)|logger(\..+)?|callbacks\.\w+\.every_n_steps"
-    r"|objective\.reference_store"
+    r"|trainer\.(speed|micro_batch_tokens|recompute|offload|compile|fused_lora|dense_base)|objective\.reference_store"
 )
+# Keys that runs of earlier versions do not have, and what they did.
+LATER_TRAINER_KEYS = {"dense_base": None}
 READABLE_ENVIRONMENT = ("HOSTNAME", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^{}]*)")
 
@@ -154,6 +156,8 @@ def _saved_config(words: Words, problems: list[str]) -> dict[str, Any]:
     if not isinstance(base, dict):
         problems.append(f"resume = {folder}: its config.yaml cannot be read. Restore it from a copy.")
         return {}
+    if isinstance(base.get("trainer"), dict):
+        base["trainer"] = LATER_TRAINER_KEYS | base["trainer"]
     # Never interpolated: the file is data from a folder, not config of ours.
     for key in (*words.groups, *words.values):
         if not RESUMABLE.fullmatch(key):

@@ -14,7 +14,7 @@ import torch
 from fine_tune import assembly
 from fine_tune.data.module import PackedDataModule, StepDataset
 from fine_tune.device import DevicePlan, plan_device
-from fine_tune.errors import ConfigError
+from fine_tune.errors import ConfigError, MemoryExhausted
 from fine_tune.fitting import build_module
 from fine_tune.memory.choice import USABLE, choose
 from fine_tune.memory.estimate import Footprint
@@ -96,9 +96,15 @@ def plan_run(cfg: Mapping[str, Any], *, card_gb: float | None, rehearse: bool) -
     peak = None if shape is None else Estimator.of(cfg, shape, device)(chosen.execution, fullest[1])
     name = f"a card of {card_gb:g} GB" if card_gb is not None else device.describe()
     found = Planned(cfg, name, chosen, fullest, peak, _speeds(cfg, shape, device, chosen, samples.longest))
-    if rehearse:
+    if not rehearse:
+        return found
+    try:
         return replace(found, rehearsal=_rehearse(cfg, device, folder, tokenizer, template.sha256, data, fullest[0]))
-    return found
+    except torch.OutOfMemoryError as error:
+        predicted = "no estimate" if peak is None else f"predicted {peak.total / 1e9:.2f} GB"
+        raise MemoryExhausted(
+            f"rehearsal: {name} ran out of memory ({predicted}). Lower trainer.micro_batch_tokens, or set trainer.speed=lean."
+        ) from error
 
 
 def _device(cfg: Mapping[str, Any], card_gb: float | None) -> tuple[DevicePlan, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,8 +69,16 @@ def run(cfg: Mapping[str, Any], *, overrides: list[str] | None = None) -> RunRes
     with StopSignals() as signals, opened(cfg, plan) as (path, checkpoint), _memory_told(plan):
         if earlier := finished_in_sweep(cfg, path):
             return RunResult(earlier, str(path))
+        _free_earlier(plan)
         job = Job(cfg, path, plan, checkpoint, signals, started)
         return _train(job, overrides or [])
+
+
+def _free_earlier(plan: DevicePlan) -> None:
+    """Give back what an earlier run of this process, such as a sweep's, has left on the device."""
+    gc.collect()
+    if plan.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextmanager

@@ -48,7 +48,12 @@ def _plan(typed: list[str]) -> None:
     from fine_tune.planning import plan_run
     from fine_tune.planning_table import render
 
-    found = plan_run(cfg, card_gb=own.get("card_gb"), rehearse=own.get("rehearse", False))
+    # Progress and notes are for people; as JSON the figures are alone on stdout.
+    rich.reconfigure(stderr=bool(own.get("json")))
+    try:
+        found = plan_run(cfg, card_gb=own.get("card_gb"), rehearse=own.get("rehearse", False))
+    finally:
+        rich.reconfigure()
     if own.get("json"):
         figures = asdict(found)
         figures.pop("cfg")

@@ -13,6 +13,8 @@ ENOUGH_TOKENS = 8192
 # Below this the host cannot launch kernels as fast as a large card runs them, and recomputing less no longer pays.
 FEW_TOKENS = 3072
 ROUND = 256
+# Steps differ in tokens: most have at most so many times the mean.
+SPREAD = 1.25
 # Of the memory that is free at the start, what tensors may take; the rest is for libraries and for gaps between tensors.
 USABLE = 0.92
 
@@ -46,17 +48,18 @@ def choose(
         estimate: The footprint of a micro-batch.
         budget: Bytes that tensors may take.
         longest: Tokens of the longest sample, which every micro-batch must hold.
-        per_step: Tokens of one optimizer step; a larger micro-batch would stay half empty.
+        per_step: Tokens of a usual optimizer step; a much larger micro-batch would stay half empty.
         fixed: Tokens of a micro-batch where they are not to be chosen.
         enough: The most tokens that are tried.
     """
-    wanted = max(longest, min(enough, _rounded(per_step)))
+    largest = _rounded(int(SPREAD * per_step))
+    wanted = max(longest, min(enough, largest))
     found = []
     for name, execution in speeds.items():
         tokens = fixed or _most_tokens(lambda n, e=execution: estimate(e, n).total <= budget, longest, wanted)  # type: ignore[misc]
-        footprint = estimate(execution, tokens)
+        footprint = estimate(execution, min(tokens, max(longest, largest)))
         found.append(Choice(name, tokens, footprint, footprint.total <= budget))
-        if found[-1].fits and tokens >= min(wanted, max(FEW_TOKENS, longest)):
+        if found[-1].fits and tokens >= min(wanted, max(longest, min(FEW_TOKENS, _rounded(per_step)))):
             return found[-1]
     # Nothing runs as it should: what fits with the most tokens, else what is least too large.
     return max(found, key=lambda one: (one.fits, one.tokens if one.fits else -one.footprint.total))

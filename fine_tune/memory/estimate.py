@@ -119,7 +119,7 @@ def _everything(shape: ModelShape, stored: Stored, trained: Trained, execution: 
     The last product only adds to the residual stream, which needs no product to be kept.
     """
     inputs = sum({one.source: one.in_features for one in shape.linears}.values())
-    casts = stored.bits == 16 and not (stored.dense_base or execution.compile or execution.fused_lora)
+    casts = stored.bits == 16 and bool(trained.layers) and not (execution.compile or execution.fused_lora)
     if trained.dropout or casts:
         # Each adapted layer keeps a copy of its own: dropped, or cast to the adapter's dtype and back (PEFT's dense layers).
         inputs = sum(one.in_features for one in trained.layers)

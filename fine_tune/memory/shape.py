@@ -60,7 +60,7 @@ def read_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape |
                 config, trust_remote_code=trust_remote_code, attn_implementation="eager", dtype=torch.bfloat16
             )
         return shape_of(model)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError, ImportError):
         # Whatever a model does that has no meaning without values; nobody's weights are at stake here.
         return None
 
@@ -69,8 +69,12 @@ def shape_of(model: PreTrainedModel) -> ModelShape | None:
     """Read the shape of a model on the meta device by running a few tokens through it."""
     groups = [child for child in getattr(model, model.base_model_prefix).children() if isinstance(child, nn.ModuleList)]
     layers = [layer for group in groups for layer in group]
+    if not layers or any(_num_weights(layer) != _num_weights(layers[0]) for layer in layers):
+        return None
     linears = _linears(model, layers[0])
-    if not linears or any(_num_weights(layer) != _num_weights(layers[0]) for layer in layers):
+    matrices = sum(weight.numel() for weight in layers[0].parameters() if weight.ndim > 1)
+    if not linears or matrices != sum(one.in_features * one.out_features for one in linears):
+        # Experts, or whatever else multiplies without being a linear layer that ran.
         return None
     config = model.config.get_text_config()
     heads = config.num_attention_heads

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,10 @@ def as_trained(weight: Tensor, dtype: torch.dtype, device: torch.device, quantis
 
 
 def _read_back(weight: Tensor, settings: Mapping[str, Any]) -> Tensor:
-    bnb: Any = importlib.import_module("bitsandbytes")
+    import bitsandbytes
+
+    # Its types are not what its functions take.
+    bnb: Any = bitsandbytes
     if "quant_type" in settings:
         packed = bnb.nn.Params4bit(weight, requires_grad=False, **settings).to(weight.device)
         frozen = FrozenWeight.of(packed)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fine_tune.kernels import lora, segment_attention
 from fine_tune.models.adapter import causal_lm
 from fine_tune.models.base import decoder
-from fine_tune.models.fused_lora import fuse
+from fine_tune.models.fused_lora import fuse, trains_fused
 from fine_tune.models.offload import OffloadedInputs
 
 Recompute = Literal["none", "selective", "full"]
@@ -59,6 +59,7 @@ class LayerRuns:
         detached: Outputs are cut from their graph, so that a pass without a backward keeps nothing.
         offloaded: Inputs in host memory, or None.
         fused: Adapted layers that take our operation.
+        trains_fused: All of them do in training.
         count: Layers.
     """
 
@@ -67,6 +68,7 @@ class LayerRuns:
     detached: bool = False
     offloaded: OffloadedInputs | None = None
     fused: int = 0
+    trains_fused: bool = False
     count: int = 0
     runs: list[_LayerRun] = field(default_factory=list, repr=False)
 
@@ -147,7 +149,7 @@ def _step(layer: nn.Module, shared: LayerRuns) -> Callable[..., Any]:
     options: dict[str, Any] = {"use_reentrant": False}
     if shared.execution.recompute == "selective":
         options["context_fn"] = functools.partial(
-            create_selective_checkpoint_contexts, _policy(products=not shared.fused)
+            create_selective_checkpoint_contexts, _policy(products=not shared.trains_fused)
         )
     return functools.partial(checkpoint, layer.forward, **options)
 
@@ -177,7 +179,7 @@ def prepare_layers(network: nn.Module, execution: Execution) -> LayerRuns:
     """
     fused = fuse(network) if execution.fused_lora else 0
     layers = decoder_layers(network)
-    runs = LayerRuns(execution, execution.compile, fused=fused, count=len(layers))
+    runs = LayerRuns(execution, execution.compile, fused=fused, trains_fused=trains_fused(network), count=len(layers))
     if execution.offload:
         runs.offloaded = OffloadedInputs()
     if execution.compile or execution.recompute != "none":

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from fine_tune.kernels.frozen_weight import FrozenWeight
@@ -61,6 +61,14 @@ def fuse(network: nn.Module) -> int:
             module._frozen = frozen  # type: ignore[assignment]
             fused += 1
     return fused
+
+
+def trains_fused(network: nn.Module) -> bool:
+    """Tell whether every adapted layer takes our operation in training, where dropout and DoRA leave it to PEFT."""
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    fused = bool(layers) and all(isinstance(layer, _Fused) for layer in layers)
+    drops = any(getattr(dropout, "p", 0.0) > 0 for layer in layers for dropout in layer.lora_dropout.values())
+    return fused and not drops and not any(layer.lora_variant for layer in layers)
 
 
 @functools.cache

@@ -68,7 +68,9 @@ class Planner:
 
     def _spread(self, samples: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Give the step's bins to ranks, the fullest bin to the emptiest rank; a rank may get none."""
-        bins = even_fit([self.lengths[s] for s in samples], self.micro_batch_tokens, self.num_ranks)
+        # Over several ranks best_fit makes even shares itself, and as many bins as even shares need.
+        fit = even_fit if self.num_ranks == 1 else best_fit
+        bins = fit([self.lengths[s] for s in samples], self.micro_batch_tokens, self.num_ranks)
         loads = [0] * self.num_ranks
         shares: list[list[tuple[int, ...]]] = [[] for _ in range(self.num_ranks)]
         for members in sorted(bins, key=lambda b: -sum(self.lengths[samples[i]] for i in b)):

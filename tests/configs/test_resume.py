@@ -40,6 +40,8 @@ def test_the_saved_config_is_the_base(run: Path) -> None:
         ("trainer.max_steps=600", ("trainer", "max_steps"), 600),
         ("trainer.num_workers=2", ("trainer", "num_workers"), 2),
         ("trainer.accelerator=cpu", ("trainer", "accelerator"), "cpu"),
+        ("trainer.micro_batch_tokens=8192", ("trainer", "micro_batch_tokens"), 8192),
+        ("trainer.speed=lean", ("trainer", "speed"), "lean"),
         ("callbacks.preview.every_n_steps=50", ("callbacks", "preview", "every_n_steps"), 50),
         ("logger=csv", ("logger", "csv", "name"), "csv"),
     ],
@@ -51,6 +53,13 @@ def test_what_may_change_changes(run: Path, override: str, path: tuple[str, ...]
         found = found[key]
     assert found == value
     assert cfg["method"]["rank"] == 4
+
+
+def test_a_run_from_before_a_key_existed_goes_on(run: Path) -> None:
+    file = run / "config.yaml"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(line for line in lines if "dense_base" not in line), encoding="utf-8")
+    assert check_config([f"resume={run}"]).cfg["trainer"]["dense_base"] is None
 
 
 def test_the_length_may_be_given_in_the_other_unit(run: Path) -> None:
@@ -69,7 +78,7 @@ def test_the_length_may_be_given_in_the_other_unit(run: Path) -> None:
         "run_dir=x",
         "data.max_seq_len=128",
         "optim.global_batch_size=4",
-        "trainer.micro_batch_tokens=8192",
+        "trainer.precision=bf16-mixed",
         "overwrite=true",
         "experiment=phi2_oasst1",
     ],

@@ -36,7 +36,7 @@ class Typist:
         self.seen = ""
         self._read_to = 0
 
-    def wait_for(self, text: str, seconds: float = 90) -> str:
+    def wait_for(self, text: str, seconds: float = 240) -> str:
         """Read until a text appears behind what was waited for before, and return everything up to its end."""
         deadline = time.monotonic() + seconds
         while (found := self.seen.find(text, self._read_to)) < 0:

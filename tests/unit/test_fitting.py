@@ -30,7 +30,7 @@ CFG: dict[str, Any] = {
     "optim": {"global_batch_size": 8, "lr": 1e-4},
     "trainer": {
         "micro_batch_tokens": 128, "max_steps": 5,
-        "speed": "auto", "recompute": None, "offload": None, "compile": None, "fused_lora": None,
+        "speed": "plain", "recompute": None, "offload": None, "compile": None, "fused_lora": None, "dense_base": None,
     },
     "objective": {"head_chunk_tokens": 32, "beta": 0.1, "loss": "sigmoid"},
 }  # fmt: skip
@@ -80,6 +80,7 @@ def test_the_same_gives_the_same_name() -> None:
         ("trainer", "micro_batch_tokens", 256),
         ("trainer", "compile", True),
         ("trainer", "fused_lora", True),
+        ("trainer", "dense_base", True),
         ("trainer", "recompute", "full"),
         ("trainer", "speed", "balanced"),
         ("method", "bits", 8),
@@ -107,8 +108,7 @@ def test_a_setting_that_decides_values_changes_the_name(change: tuple[str, str |
         ("objective", "loss", "ipo"),
         ("run_name", None, "two"),
         ("trainer", "max_steps", 9),
-        # On a CPU these say in other words what auto means there.
-        ("trainer", "speed", "plain"),
+        # This says in other words what plain means.
         ("trainer", "compile", False),
     ],
     ids=lambda change: f"{change[0]}.{change[1]}",

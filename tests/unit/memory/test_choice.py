@@ -43,7 +43,7 @@ def test_what_a_budget_allows(budget: float, speed: str, tokens: int, fits: bool
 
 
 def test_no_more_than_a_step_has() -> None:
-    assert chosen(1e9, per_step=3000).tokens == 3072
+    assert chosen(1e9, per_step=3000).tokens == 3840, "a quarter more than usual: steps differ"
     assert chosen(1e9, per_step=100).tokens == 512, "a micro-batch holds the longest sample"
     small = chosen(1000 + 10 * 1024, per_step=1000)
     assert (small.speed, small.tokens) == ("balanced", 1024), "a step of few tokens needs no more"
@@ -59,6 +59,12 @@ def test_fixed_tokens_leave_only_the_speed() -> None:
     assert chosen(1000 + 10 * 5000, fixed=5000).speed == "balanced"
     assert chosen(1000 + 10 * 5000 - 1, fixed=5000).speed == "lean"
     assert chosen(1000, fixed=5000).fits is False
+
+
+def test_fixed_tokens_that_no_step_fills_cost_nothing() -> None:
+    found = chosen(1000 + 10 * 4000, per_step=3000, fixed=16_384)
+    assert (found.speed, found.tokens, found.fits) == ("balanced", 16_384, True)
+    assert found.footprint.kept == 10 * 3840
 
 
 def test_few_fixed_tokens_do_not_ask_for_another_speed() -> None:

@@ -83,9 +83,13 @@ def test_nothing_is_allocated_for_a_shape_of_billions(tmp_path: Path) -> None:
 
 
 def test_a_model_that_does_not_run_without_values_has_no_shape(tmp_path: Path) -> None:
-    from transformers import MixtralConfig
+    from transformers import MixtralConfig, OPTConfig
 
-    assert read_shape(folder_of(MixtralConfig(**SMALL, num_local_experts=4), tmp_path)) is None
+    for heads in (2, 8):
+        mixed = MixtralConfig(**SMALL, num_local_experts=4, num_key_value_heads=heads)
+        assert read_shape(folder_of(mixed, tmp_path / f"{heads}")) is None, "experts are no linear layers"
+    elsewhere = OPTConfig(hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    assert read_shape(folder_of(elsewhere, tmp_path / "opt")) is None, "its layers are not where others have theirs"
 
 
 def test_the_packaged_model_has_one() -> None:

@@ -170,6 +170,17 @@ def test_a_rest_shares_its_load() -> None:
     assert sorted(len(b) for b in even_fit(lengths, 80)) == [6, 7, 7]
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_even_bins_do_not_unbalance_the_ranks(ranks: int) -> None:
+    lengths = np.clip(np.random.default_rng(1).lognormal(5.5, 0.8, 640), 8, 1024).astype(int).tolist()
+    planner = Planner(lengths, 0, 32, 8192, ranks)
+    worst = 0.0
+    for number in range(planner.steps_per_epoch):
+        loads = [sum(lengths[i] for part in share for i in part) for share in planner.step(number).micro_batches]
+        worst += max(loads) * ranks / sum(loads) / planner.steps_per_epoch
+    assert worst < 1.1
+
+
 def test_the_micro_batches_of_a_step_are_even() -> None:
     plan = Planner([100] * 64, 0, 64, 2500).step(0)
     assert sorted(len(members) for members in plan.micro_batches[0]) == [20, 22, 22]
