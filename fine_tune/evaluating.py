@@ -96,6 +96,7 @@ def judge(results: Sequence[Result], evaluation: Evaluation, *, seed: int) -> li
     for one, other in pairs:
         settings: dict[str, Any] = {"field": evaluation.compares, "better": evaluation.better, "seed": seed}
         verdict = compare(one.lines, other.lines, group_of=evaluation.groups, **settings).named(one.label, other.label)
+        verdict = verdict.calling(getattr(evaluation, "score_is", ""))
         verdicts.append(verdict)
         rich.get_console().print(verdict_table(verdict))
     return verdicts

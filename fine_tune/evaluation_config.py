@@ -100,6 +100,8 @@ def check_words(overrides: Sequence[str], primary: str, schema: type[Node]) -> d
         raise ConfigError(unique(problems))
     # A typed model stands for foreign adapters as well, whose own config names another.
     cfg["model_is_default"] = "model" not in words.groups and "model.path" not in words.values
+    # A folder that holds its own template is asked in that one, unless another was typed.
+    cfg["typed_text"] = [key for key in ("chat_template", "end_of_turn") if f"model.{key}" in words.values]
     return cfg
 
 

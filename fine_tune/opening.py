@@ -18,6 +18,7 @@ from fine_tune.data.prepare import data_fingerprint
 from fine_tune.device import DevicePlan
 from fine_tune.errors import CheckpointError, ConfigError
 from fine_tune.models.adapter import find_adapter_file
+from fine_tune.report.visible import visible
 from fine_tune.rules import select
 from fine_tune.run_folder import CONFIG, SUMMARY, choose_folder, default_name, open_folder, refuse_to_delete
 from fine_tune.storage import sha256
@@ -115,4 +116,4 @@ def nothing_left(cfg: Mapping[str, Any], path: Path, *, done: int | None, num_st
 
 def say(line: str) -> None:
     """Print a line as it is, without markup."""
-    rich.get_console().print(line, markup=False, highlight=False)
+    rich.get_console().print(visible(line), markup=False, highlight=False)

@@ -32,9 +32,12 @@ from fine_tune.models.adapter import (
 from fine_tune.models.base import BaseSpec, load_base
 from fine_tune.models.fingerprint import base_fingerprint
 from fine_tune.models.hub import resolve_model
+from fine_tune.own_template import own_template
 from fine_tune.storage import sha256
+from fine_tune.text.template import ChatTemplate
 
 BASE = "base"
+TEXT_KEYS = ("chat_template", "end_of_turn", "pad_token", "add_tokens", "trust_remote_code")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -102,6 +105,10 @@ def _find(word: str, defaults: Mapping[str, Any]) -> Named:
         return _of_adapter(folder, label, defaults)
     if (folder / "config.json").is_file() or (not folder.parent.is_dir() and HUB_ID.fullmatch(word)):
         model = {**defaults["model"], "path": word, "revision": defaults["model"].get("revision")}
+        typed = defaults.get("typed_text", ())
+        # A typed template ends its turns in its own way.
+        own = {} if "chat_template" in typed else own_template(folder)
+        model |= {key: value for key, value in own.items() if key not in typed}
         return Named(label, {**defaults, "model": model}, None, None, whole=True, place=folder)
     raise CheckpointError(
         f"ckpt={word}: neither a run, a checkpoint of one, a PEFT adapter folder nor a model. Pass one of these, or base."
@@ -182,6 +189,11 @@ def spec_of(named: Named, tokenizer: PreTrainedTokenizerBase) -> AdapterSpec:
     return assembly.adapter_spec(named.cfg, tokenizer)
 
 
+def _text_key(model: Mapping[str, Any]) -> str:
+    """Name everything that decides a folder's tokenizer and chat template."""
+    return json.dumps([model[key] for key in TEXT_KEYS])
+
+
 class Stage:
     """One loaded base on which checkpoints take turns.
 
@@ -197,7 +209,8 @@ class Stage:
         )
         self.plan, self.whole = plan, named.whole
         self.fingerprint = base_fingerprint(self.folder)
-        self.tokenizer, _ = assembly.load_text(model, self.folder)
+        self._templates: dict[str, ChatTemplate] = {}
+        self.tokenizer, self._templates[_text_key(model)] = assembly.load_text(model, self.folder)
         self.network: nn.Module = self._load(named)
         self._spec: AdapterSpec | None = None
 
@@ -209,13 +222,20 @@ class Stage:
             return load_base(BaseSpec(self.folder, 16, dtype, dtype, self.plan.device))
         return assembly.load_bare(named.cfg, self.folder, self.tokenizer, self.plan)
 
+    def _template(self, model: Mapping[str, Any]) -> ChatTemplate:
+        """Return the template of a checkpoint; to load it takes a tokenizer, which takes seconds for a large vocabulary."""
+        key = _text_key(model)
+        if key not in self._templates:
+            _, self._templates[key] = assembly.load_text(model, self.folder)
+        return self._templates[key]
+
     def show(self, named: Named) -> Subject:
         """Put a checkpoint's adapter on the base and return what is to be evaluated.
 
         Raises:
             CheckpointError: Its adapter belongs to another base.
         """
-        _, template = assembly.load_text(named.cfg["model"], self.folder)
+        template = self._template(named.cfg["model"])
         if named.weights is not None:
             check_adapter(named.weights.parent, self.fingerprint, key="ckpt")
             spec = spec_of(named, self.tokenizer)

@@ -25,8 +25,10 @@ def spell(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     for token in ids:
         try:
             texts.append(stream.step(backend, int(token)) or "")
-        except Exception:
-            # The library's own class for bytes that no text has: begin anew behind them.
+        except Exception as error:
+            # The library raises a bare Exception for bytes that no text has: begin anew behind them.
+            if type(error) is not Exception:
+                raise
             stream = DecodeStream(skip_special_tokens=False)
             texts.append(BROKEN)
     if texts and not texts[-1]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from fine_tune.cli.verb import run_verb
-from fine_tune.config import check_config
-from fine_tune.errors import ConfigError
+from fine_tune.cli.words import path, read_beside_config
 from fine_tune.report.visible import visible
 from fine_tune.threads import wait_politely
 
@@ -24,15 +23,25 @@ rows=<number>   rows of each kind to show (longest, shortest, random, cut, dropp
 out=<file>      also write a page: one file that loads nothing
 
 No weights are loaded or fetched. Exit code 3 if a check fails."""
+ROWS = 2
 
 
-@dataclass
-class Words:
-    """The words of an audit: its own, and those of the config."""
+def _rows(value: str) -> int:
+    if not (value.isascii() and value.isdigit()):
+        raise ValueError("must be a whole number, such as rows=5")
+    return int(value)
 
-    rows: int = 2
-    out: Path | None = None
-    overrides: list[str] = field(default_factory=list)
+
+def _page(value: str) -> Path:
+    if not value:
+        raise ValueError("must name a file, such as out=audit.html")
+    file = path(value)
+    if file.is_dir():
+        raise ValueError(f"is a folder. Pass the name of a file, such as {file / 'audit.html'}")
+    return file
+
+
+OWN = {"rows": _rows, "out": _page}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _audit(typed: list[str]) -> None:
-    words, cfg = _read(typed)
+    own, cfg = read_beside_config(typed, OWN)
     wait_politely()
     # The first import of torch, after everything that can be refused without it.
     import rich
@@ -54,33 +63,9 @@ def _audit(typed: list[str]) -> None:
     from fine_tune.audit.page import write_page
     from fine_tune.audit.terminal import show
 
-    found = audit(cfg, number=words.rows)
+    found = audit(cfg, number=own.get("rows", ROWS))
     show(found, rich.get_console())
-    if words.out is not None:
-        write_page(found, words.out, command=" ".join(["fine-tune audit", *typed]))
-        print(visible(f"the page: {words.out}"), file=sys.stderr)
+    if page := own.get("out"):
+        write_page(found, page, command=f"fine-tune audit {shlex.join(typed)}".rstrip())
+        print(visible(f"the page: {page}"), file=sys.stderr)
     refuse(found)
-
-
-def _read(typed: Sequence[str]) -> tuple[Words, dict[str, object]]:
-    """Part the words, and check all of them before any is acted on."""
-    words, problems = Words(), []
-    for word in typed:
-        key, _, value = word.partition("=")
-        if key == "out" and value:
-            words.out = Path(value).expanduser()
-        elif key == "rows" and value.isascii() and value.isdigit():
-            words.rows = int(value)
-        elif key in ("out", "rows"):
-            problems.append(f"{word}: pass rows=<whole number> and out=<file>, such as rows=5 out=audit.html.")
-        else:
-            words.overrides.append(word)
-    if words.out is not None and words.out.is_dir():
-        problems.append(f"out = {words.out}: is a folder. Pass the name of a file, such as {words.out / 'audit.html'}.")
-    try:
-        cfg = check_config(words.overrides).cfg
-    except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from error
-    if problems:
-        raise ConfigError(problems)
-    return words, cfg

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fine_tune.allocator import let_segments_grow
 from fine_tune.cli.verb import run_verb
-from fine_tune.cli.words import above_zero, flag
-from fine_tune.config import check_config
-from fine_tune.errors import ConfigError, MemoryExhausted
+from fine_tune.cli.words import above_zero, flag, read_beside_config
+from fine_tune.errors import MemoryExhausted
 from fine_tune.threads import wait_politely
 
 USAGE = """usage: fine-tune plan [key=value ...] [card_gb=<GB>] [rehearse=true] [json=true]
@@ -39,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(typed: list[str]) -> None:
-    own, cfg = _read(typed)
+    own, cfg = read_beside_config(typed, OWN, rule=_together)
     let_segments_grow()
     wait_politely()
     # The first import of torch, after everything that can be refused without it.
@@ -64,25 +63,8 @@ def _plan(typed: list[str]) -> None:
         raise MemoryExhausted("this step is not expected to fit. Lower data.max_seq_len or method.rank, or use method=qlora.")
 
 
-def _read(typed: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part the verb's own words from the config's, and check all of them before any is acted on."""
-    own: dict[str, Any] = {}
-    overrides, problems = [], []
-    for word in typed:
-        key, _, value = word.partition("=")
-        if key not in OWN:
-            overrides.append(word)
-            continue
-        try:
-            own[key] = OWN[key](value)
-        except ValueError as rule:
-            problems.append(f"{word}: {rule}.")
+def _together(own: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with the verb's own settings together."""
     if own.get("rehearse") and own.get("card_gb"):
-        problems.append("rehearse=true: needs the device itself. Leave card_gb out.")
-    try:
-        cfg = dict(check_config(overrides).cfg)
-    except ConfigError as error:
-        raise ConfigError([*problems, *error.problems]) from error
-    if problems:
-        raise ConfigError(problems)
-    return own, cfg
+        return "rehearse=true: needs the device itself. Leave card_gb out."
+    return None

@@ -1,4 +1,4 @@
-"""The words of a verb that has few settings of its own: read, checked, and every mistake told at once."""
+"""The words of a verb: its own settings read, those of a run checked, and every mistake told at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fine_tune.config import check_config
 from fine_tune.errors import ConfigError
 from fine_tune.redaction import secret_in_override
 
@@ -50,9 +51,7 @@ def read_words(
     for word in words:
         key, equals, text = word.partition("=")
         if secret_in_override(word):
-            problems.append(
-                f"{key.partition('://')[0][:20]}: holds a secret. Secrets are read from the environment only."
-            )
+            problems.append(_secret(key))
         elif key.partition(".")[0] in groups and equals:
             found.rest.append(word)
         elif key not in readers or not equals:
@@ -72,6 +71,52 @@ def read_words(
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def read_beside_config(
+    words: Sequence[str], readers: Mapping[str, Reader], *, rule: Callable[[Mapping[str, Any]], str | None] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a verb's own words from those of a run, and check all of them before any is acted on.
+
+    Args:
+        words: As typed; what is not the verb's own is the config's.
+        readers: Per key of the verb's own, what turns its text into a value, or raises ``ValueError`` with the rule.
+        rule: Takes the verb's own values, where all were read, and returns what is wrong with them together.
+
+    Returns:
+        The verb's own values by key, and the checked config.
+
+    Raises:
+        ConfigError: All problems together, the verb's own first.
+    """
+    own: dict[str, Any] = {}
+    rest, problems = [], []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in readers:
+            rest.append(word)
+        elif secret_in_override(word):
+            problems.append(_secret(key))
+        elif key in own:
+            problems.append(f"{key}: given twice.")
+        else:
+            try:
+                own[key] = readers[key](value)
+            except ValueError as reason:
+                problems.append(f"{word}: {reason}.")
+    if rule is not None and not problems and (broken := rule(own)):
+        problems.append(broken)
+    try:
+        cfg = dict(check_config(rest).cfg)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from error
+    if problems:
+        raise ConfigError(problems)
+    return own, cfg
+
+
+def _secret(key: str) -> str:
+    return f"{key.partition('://')[0][:20]}: holds a secret. Secrets are read from the environment only."
 
 
 def _choices(readers: Mapping[str, Reader]) -> str:

@@ -92,15 +92,15 @@ def read_hub(hub: str, *, subset: str | None, revision: str | None, split: str) 
 def _load_hub(hub: str, *, subset: str | None, revision: str | None, split: str) -> Any:
     # Imported here: it takes seconds, and local files do not need it.
     import datasets
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub import errors
 
     name = f"{hub}@{revision or 'main'}"
     try:
         with _offline_unless_reachable(hub, revision):
             return datasets.load_dataset(hub, name=subset, revision=revision, split=split)
-    except (OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+    except (errors.OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise _unreachable(name, error) from error
-    except (datasets.exceptions.DatasetNotFoundError, ValueError, FileNotFoundError) as error:
+    except (datasets.exceptions.DatasetsError, ValueError, FileNotFoundError) as error:
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() in {"1", "ON", "YES", "TRUE"}:
             raise _unreachable(name, error) from error
         reason = str(error).strip().partition("\n")[0]
@@ -108,24 +108,32 @@ def _load_hub(hub: str, *, subset: str | None, revision: str | None, split: str)
             f"data.hub={name} (subset {subset}, split {split}) cannot be loaded: {reason} Check data.hub, "
             "data.subset, data.revision and data.hub_split, or pass data.path=<local file>."
         ) from error
-    except OSError as error:
+    except (OSError, _transport_error()) as error:
         raise _unreachable(name, error) from error
+
+
+def _transport_error() -> type[Exception]:
+    """Return the base class of what the hub client's transport raises: the client knows which one it uses, and it has changed."""
+    from huggingface_hub import errors
+
+    found: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
+    return found
 
 
 @contextmanager
 def _offline_unless_reachable(hub: str, revision: str | None) -> Iterator[None]:
     """Work from the cache where nothing answers: the hub's client would retry for half a minute."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     before = constants.HF_HUB_OFFLINE
     try:
         HfApi().dataset_info(hub, revision=revision, timeout=PROBE_SECONDS)
-    except HfHubHTTPError:
-        # It answered; loading tells what is wrong.
+    except (HfHubHTTPError, HFValidationError):
+        # It answered, or there is nothing to ask for; loading tells what is wrong.
         pass
-    except Exception:
-        # Connection errors of whichever transport the client uses.
+    except (OSError, ValueError, _transport_error()):
+        # Nothing answers, or something else does: a login page of the network's is no JSON (ValueError).
         constants.HF_HUB_OFFLINE = True
     try:
         yield

@@ -60,8 +60,8 @@ def _repacks() -> bool | None:
 
         asked: Any = functional.has_avx512bf16
         return bool(asked())
-    except Exception:
-        # A library that cannot be loaded is told of where it is tried.
+    except (ImportError, OSError, RuntimeError, AttributeError):
+        # A library that cannot be loaded, or has no such question, is told of where it is tried.
         return None
 
 

@@ -47,6 +47,7 @@ class Perplexity:
     name: str = "perplexity"
     compares: str | None = field(default="score", init=False)
     better: Literal["higher", "lower"] = field(default="lower", init=False)
+    score_is: str = field(default="nats per token", init=False)
 
     def __post_init__(self) -> None:
         """Refuse a split that is none."""

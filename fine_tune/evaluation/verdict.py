@@ -50,6 +50,7 @@ class Verdict:
     ``mean_*``, ``difference`` (b minus a) and ``interval`` are in the units of the field; for true/false fields they
     are shares. ``num_gained`` counts the items on which b is better, ``num_lost`` those on which it is worse. The ids
     are kept for true/false fields only: those are the flips. ``more_items`` is None where it cannot be estimated.
+    ``called`` is what the sentence calls a score; the field's own name where it is empty.
     """
 
     word: Word
@@ -69,10 +70,15 @@ class Verdict:
     more_items: int | None
     groups: tuple[Group, ...] = ()
     names: tuple[str, str] = ("the first", "the second")
+    called: str = ""
 
     def named(self, a: str, b: str) -> Verdict:
         """Return the verdict with the models' names in its sentence and table."""
         return replace(self, names=(a, b))
+
+    def calling(self, score: str) -> Verdict:
+        """Return the verdict with words for what is compared in its sentence: a line's ``score`` says nothing by itself."""
+        return replace(self, called=score)
 
     @property
     def sentence(self) -> str:
@@ -251,7 +257,7 @@ def _scores_seen(verdict: Verdict) -> str:
     spread = f"{100 * (1 - LEVEL):.0f} % interval {ends[0]:.3g} to {ends[1]:.3g}, " if ends else ""
     evidence = f"({spread}sign-flip p = {_short(verdict.p)})"
     over = f"over {_count(verdict.num_items, 'item')} " if verdict.word != "cannot tell" else ""
-    return f"mean {_printable(verdict.field)} of {two} is {amount} that of {one} {over}{evidence}"
+    return f"mean {_printable(verdict.called or verdict.field)} of {two} is {amount} that of {one} {over}{evidence}"
 
 
 def _wanted(verdict: Verdict) -> str:

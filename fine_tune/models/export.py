@@ -30,10 +30,14 @@ def export_adapter(
     write_tokenizer(folder, tokenizer, template)
 
 
+def carried(template: ChatTemplate) -> str:
+    """Return a template's text for other programs: they pass no end_of_turn to it, so it is written into it."""
+    return f"{{%- set end_of_turn = {template.end_of_turn!r} -%}}\n{template.source}"
+
+
 def carry_template(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
     """Give a tokenizer the chat template that was trained with."""
-    # Other programs pass no end_of_turn to a template, so it is written into it.
-    tokenizer.chat_template = f"{{%- set end_of_turn = {template.end_of_turn!r} -%}}\n{template.source}"
+    tokenizer.chat_template = carried(template)
 
 
 def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:

@@ -16,7 +16,7 @@ MAX_INLINE = 3
 # Words a verdict is told in, and the colour of each.
 TONES = {"better": "good", "worse": "bad", "cannot tell": "open"}
 # What a verdict's sentence, its place and its colour tell already.
-TOLD = ("sentence", "word", "field", "higher_is_better", "binary", "names")
+TOLD = ("sentence", "word", "field", "called", "higher_is_better", "binary", "names")
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,14 @@ def cell(value: Any) -> Cell:
     return Cell(brief(plain(value), MAX_CELL), number(value) is not None)
 
 
+class Label(str):
+    """A key that holds somebody's name, such as a run's, and is shown as it is."""
+
+
 def words(key: Any) -> str:
-    """Write a key the way people write: without underscores."""
-    return brief(str(key), 120).replace("_", " ")
+    """Write a key the way people write: without underscores, but for those of a name."""
+    text = brief(str(key), 120)
+    return text if isinstance(key, Label) else text.replace("_", " ")
 
 
 def show(tree: Mapping[str, Any], *, skip: Sequence[str] = ()) -> Shown:
@@ -110,7 +115,7 @@ def _with_names(tree: Mapping[str, Any]) -> dict[str, Any]:
     names = tree.get("names")
     if not isinstance(names, list) or len(names) != 2 or not all(isinstance(name, str) for name in names):
         return dict(tree)
-    sides = {"mean_a": f"mean of {names[0]}", "mean_b": f"mean of {names[1]}"}
+    sides = {"mean_a": Label(f"mean of {names[0]}"), "mean_b": Label(f"mean of {names[1]}")}
     groups = tree.get("groups")
     renamed = {sides.get(key, key): value for key, value in tree.items()}
     if isinstance(groups, list) and all(isinstance(group, dict) for group in groups):

@@ -10,7 +10,7 @@ from fine_tune.errors import ConfigError
 from fine_tune.text.conversation import Conversation, Document, Message, RowRefused, check_trainable
 from fine_tune.text.spans import Span, SpanEncoder, alternatives
 from fine_tune.text.template import ChatTemplate, Piece
-from fine_tune.text.tokenizer import TextTokenizer
+from fine_tune.text.tokenizer import TextTokenizer, unknown_ids
 
 # Private-use planes: one character stands for one special-token string while a template renders.
 MARKER_BASES = (0xF0000, 0x100000)
@@ -67,7 +67,7 @@ class Encoder:
         end_of_turn_id: The token that ends an assistant turn.
 
     Raises:
-        ConfigError: The template's end-of-turn text is not one token of this tokenizer.
+        ConfigError: The template's end-of-turn text is not one token of this tokenizer, or one that it does not know.
     """
 
     def __init__(self, tokenizer: TextTokenizer, template: ChatTemplate) -> None:
@@ -214,6 +214,12 @@ class Encoder:
             raise ConfigError(
                 f"model.chat_template={self.template.name}: its end-of-turn text {text!r} is {len(ids)} "
                 "tokens of this tokenizer, and generation stops on one. Add it with model.add_tokens, set "
+                "model.end_of_turn to a token, or choose another template."
+            )
+        if ids[0] in unknown_ids(self.tokenizer):
+            raise ConfigError(
+                f"model.chat_template={self.template.name}: its end-of-turn text {text!r} is not in this tokenizer's "
+                "vocabulary, so a model would learn to stop at any unknown text. Add it with model.add_tokens, set "
                 "model.end_of_turn to a token, or choose another template."
             )
         return ids[0]

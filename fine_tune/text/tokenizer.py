@@ -24,6 +24,14 @@ class TextTokenizer(Protocol):
         """Added tokens by id, each with `content`, `special`, `lstrip` and `rstrip`."""
 
 
+def unknown_ids(tokenizer: TextTokenizer) -> set[int]:
+    """Ids that stand for text which the vocabulary lacks; a tokenizer and its backend may each name one."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    vocabulary = tokenizer.get_vocab()
+    named = (getattr(owner, "unk_token", None) for owner in (tokenizer, model))
+    return {vocabulary[str(name)] for name in named if name is not None and str(name) in vocabulary}
+
+
 def tokenizer_fingerprint(tokenizer: TextTokenizer) -> str:
     """Hash everything that decides ids: the backend's own JSON (or the vocabulary) and the special ids.
 

@@ -15,7 +15,7 @@ from fine_tune.errors import ConfigError
 def test_the_defaults_pass_and_are_the_schema() -> None:
     cfg = check_chat(["ckpt=runs/sft"])
     assert cfg["ckpt"] == ["runs/sft"]
-    assert set(cfg) == {*ChatConfig.model_fields, "model_is_default"}
+    assert set(cfg) == {*ChatConfig.model_fields, "model_is_default", "typed_text"}
     assert (cfg["temperature"], cfg["system"], cfg["save"], cfg["model_is_default"]) == (0.0, None, None, True)
 
 

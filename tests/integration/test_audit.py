@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,19 @@ def test_a_folder_with_nothing_but_a_tokenizer_is_enough(words_only: Path, tmp_p
     found = look(job(bare, rows(tmp_path / "rows.jsonl", ("q", "one"))))
     assert found.failed == []
     assert outcomes(found)["context"] == outcomes(found)["the model's folder"] == "look"
+
+
+def test_the_pages_command_can_be_typed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from fine_tune.audit import audit as room
+    from fine_tune.audit import page, terminal
+
+    written: list[str] = []
+    for owner, name in ((room, "audit"), (room, "refuse"), (terminal, "show")):
+        monkeypatch.setattr(owner, name, lambda *given, **more: None)
+    monkeypatch.setattr(page, "write_page", lambda found, file, *, command: written.append(command))
+    words = ["callbacks.preview.prompts=['a b; c']", f"out={tmp_path / 'my page.html'}"]
+    assert main(["audit", *words]) == 0
+    assert shlex.split(written[0]) == ["fine-tune", "audit", *words]
 
 
 def test_wrong_words_are_told_together(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

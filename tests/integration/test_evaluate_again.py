@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from filelock import FileLock
 
 from fine_tune import assembly, evaluating, subjects
 from fine_tune.cli import evaluate as evaluate_cli
+from fine_tune.device import plan_device
 from fine_tune.evaluation_config import check_evaluation
 from fine_tune.evaluation_parts import build_evaluation
 
@@ -68,6 +70,22 @@ def test_half_of_it_is_not_computed_again(nf4: Path, root: Path, questions: Path
     scored.clear()
     evaluate(nf4, root / "half", *asking(questions))
     assert scored == [BATCH] * (QUESTIONS // BATCH - 1)
+
+
+def test_switching_checkpoints_loads_no_tokenizer_again(nf4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Any] = []
+    load = assembly.load_text
+    monkeypatch.setattr(assembly, "load_text", lambda model, folder: loads.append(model) or load(model, folder))
+    trained, base = subjects.find([str(nf4), "base"], check_evaluation(["ckpt=base"]))
+    stage = subjects.Stage(trained, plan_device(accelerator="cpu", devices=1, num_nodes=1, precision="32-true"))
+    templates = [stage.show(one).template for one in (trained, base, trained, base)]
+    assert len(loads) == 1
+    assert len({template.sha256 for template in templates}) == 1
+    # Another setting is another template, loaded once as well.
+    cfg = {**base.cfg, "model": {**base.cfg["model"], "chat_template": "guanaco"}}
+    other = replace(base, label="other", cfg=cfg)
+    assert [stage.show(one).template.name for one in (other, base, other)] == ["guanaco", templates[0].name, "guanaco"]
+    assert len(loads) == 2
 
 
 @pytest.mark.parametrize("damage", ["items", "metrics"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import fine_tune
 from fine_tune.cli.merge import main as merge_main
 from fine_tune.cli.verify import main as verify_main
 from fine_tune.device import plan_device
+from fine_tune.errors import CheckpointError
 from fine_tune.evaluation_config import check_evaluation
 from fine_tune.merging import reload, reloaded
 from fine_tune.models.export import carry_template
 from fine_tune.passport.document import write_passport
 from fine_tune.subjects import Stage, find
+from fine_tune.text.conversation import Message
 
 CPU = "accelerator=cpu"
 
@@ -67,6 +70,10 @@ def test_the_built_in_run_merges_exactly_and_verifies(
     for passport in (built_in_run, out):
         assert verify_main([f"passport={passport}", f"model={out}", CPU]) == 0
         assert capsys.readouterr().out.endswith("the same on 8 prompts\n")
+    # What it was trained in, whatever model= says; a typed template overrides it.
+    for words, expected in (([], "world"), (["model=llama2_7b"], "world"), (["model.chat_template=guanaco"], "guanaco")):
+        model = find([str(out)], check_evaluation(["ckpt=base", *words]))[0].cfg["model"]
+        assert (model["path"], model["chat_template"]) == (str(out), expected), words
     # With nothing of ours: the exported template, the exported end of turn, an answer that ends.
     tokenizer = AutoTokenizer.from_pretrained(str(out))
     model: Any = AutoModelForCausalLM.from_pretrained(str(out), dtype=torch.float32)
@@ -104,6 +111,36 @@ def test_runs_without_quantisation_merge(lora: Path, full: Path, tmp_path: Path)
     assert all(
         torch.equal(tensor, load_file(full / "adapter" / "model.safetensors")[name]) for name, tensor in stored.items()
     )
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_merged_folder_is_asked_in_its_own_template(trained: Callable[..., Path], tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text(
+        "{%- for m in messages -%}[{{ m.role }}] {{ m.content }}{{ end_of_turn }}{%- endfor -%}"
+        "{%- if add_generation_prompt -%}[assistant] {% endif -%}\n",
+        encoding="utf-8",
+    )
+    run = trained("own_template", "method=lora", f"model.chat_template={own}")
+    out = tmp_path / "merged"
+    merge(run, out, "dtype=float32")
+    own.unlink()
+    asked = [Message("user", "a b"), Message("assistant", "c"), Message("user", "d")]
+    defaults = check_evaluation(["ckpt=base"])
+    named = find([str(out)], defaults)[0]
+    assert named.cfg["model"]["chat_template"] == str(out / "chat_template.jinja")
+    plan = plan_device(accelerator="cpu", devices=1, num_nodes=1, precision="32-true")
+    template = Stage(named, plan).show(named).template
+    assert template.render(asked, True) == "[user] a b</s>[assistant] c</s>[user] d</s>[assistant] "
+    assert template.end_of_turn == named.cfg["model"]["end_of_turn"] == "</s>"
+    # A template that nobody's passport speaks of is not taken for the one that was trained with.
+    (out / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"was changed since passport.json was written"):
+        find([str(out)], defaults)
+    typed = find([str(out)], check_evaluation(["ckpt=base", "model.chat_template=world"]))[0]
+    assert (typed.cfg["model"]["chat_template"], typed.cfg["model"]["end_of_turn"]) == ("world", None)
+    (out / "passport.json").unlink()
+    assert find([str(out)], defaults)[0].cfg["model"]["chat_template"] == defaults["model"]["chat_template"]
 
 
 @pytest.mark.usefixtures("in_process")

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
+from fine_tune.audit import spelling
 from fine_tune.audit.choosing import cut_rows, dropped_rows, kept_kinds, sample
 from fine_tune.audit.placing import encode_whole, is_as_encoded
 from fine_tune.audit.rows import lay_out
@@ -55,6 +56,39 @@ def test_tokens_write_what_the_text_says(byte_level: Tokenizer) -> None:
 def test_half_a_character_shows_as_such(byte_level: Tokenizer) -> None:
     ids = byte_level("a\U0001f600", add_special_tokens=False)["input_ids"]
     assert spell(byte_level, ids[:-1]) == ["a", *[""] * (len(ids) - 3), "\ufffd"]
+
+
+@pytest.mark.parametrize("error", [TypeError("no such id"), MemoryError(), RuntimeError("poisoned")])
+def test_only_broken_bytes_are_broken_bytes(
+    byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    class Stream:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def step(self, tokenizer: Any, token: int) -> str:
+            raise error
+
+    monkeypatch.setattr(spelling, "DecodeStream", Stream)
+    with pytest.raises(type(error)):
+        spell(byte_level, [1])
+
+
+def test_bytes_that_no_text_has_do_not_hide_what_follows(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    class Stream:
+        def __init__(self, **options: Any) -> None:
+            begun.append(1)
+
+        def step(self, tokenizer: Any, token: int) -> str:
+            if token == 7:
+                raise Exception("Invalid prefix encountered")
+            return f"<{token}>"
+
+    monkeypatch.setattr(spelling, "DecodeStream", Stream)
+    assert spell(byte_level, [1, 7, 2]) == ["<1>", "\ufffd", "<2>"]
+    assert len(begun) == 2
 
 
 def test_a_tokenizer_without_a_backend_names_its_tokens() -> None:

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,84 @@ def test_the_hub_out_of_reach_is_told_in_one_sentence(monkeypatch: pytest.Monkey
     ) as caught:
         list(read_hub("owner/name", subset=None, revision="abc", split="train"))
     assert "\n" not in str(caught.value)
+
+
+def probed(monkeypatch: pytest.MonkeyPatch, error: Exception) -> list[bool]:
+    """Let the hub's client fail, and return a list that will say whether rows were then asked for offline."""
+    import datasets
+    from huggingface_hub import HfApi, constants
+
+    offline: list[bool] = []
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    def load(*args: Any, **options: Any) -> list[Any]:
+        offline.append(constants.HF_HUB_OFFLINE)
+        return []
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return offline
+
+
+def transport_errors() -> list[Exception]:
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    transport = sys.modules[HTTPError.__module__.partition(".")[0]]
+    names = ("ConnectError", "ConnectTimeout", "ReadTimeout", "ProxyError", "TooManyRedirects", "UnsupportedProtocol")
+    return [*(getattr(transport, name)("no") for name in names), OfflineModeIsEnabled("off"), OSError("no route")]
+
+
+@pytest.mark.parametrize("error", [*transport_errors(), ValueError("Expecting value: a login page")], ids=repr)
+def test_where_nothing_answers_the_cache_is_read(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    offline = probed(monkeypatch, error)
+    assert list(read_hub("owner/name", subset=None, revision=None, split="train")) == []
+    assert offline == [True]
+
+
+def test_a_name_that_is_none_does_not_mean_that_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import HFValidationError
+
+    offline = probed(monkeypatch, HFValidationError("Repo id must be"))
+    assert list(read_hub("a b", subset=None, revision=None, split="train")) == []
+    assert offline == [False]
+
+
+@pytest.mark.parametrize("error", [TypeError("an argument is gone"), KeyError("id"), AttributeError("dataset_info")])
+def test_a_mistake_of_ours_is_not_taken_for_a_lost_connection(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    offline = probed(monkeypatch, error)
+    with pytest.raises(type(error)):
+        list(read_hub("owner/name", subset=None, revision=None, split="train"))
+    assert offline == []
+
+
+@pytest.mark.parametrize("error", transport_errors(), ids=repr)
+def test_a_connection_lost_while_loading_is_the_environments(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    import datasets
+
+    def lost(*args: Any, **options: Any) -> None:
+        raise error
+
+    probed(monkeypatch, ConnectionError())
+    monkeypatch.setattr(datasets, "load_dataset", lost)
+    with pytest.raises(EnvironmentProblem, match="not in the local cache"):
+        list(read_hub("owner/name", subset=None, revision=None, split="train"))
+
+
+@pytest.mark.parametrize("name", ["DatasetGenerationError", "NonMatchingSplitsSizesError", "DefunctDatasetError"])
+def test_what_datasets_cannot_build_is_a_data_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    import datasets
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise getattr(datasets.exceptions, name)("row 3 is odd")
+
+    probed(monkeypatch, ConnectionError())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(DataError, match="cannot be loaded: row 3 is odd"):
+        list(read_hub("owner/name", subset=None, revision=None, split="train"))
 
 
 def test_a_split_that_the_hub_lacks_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,27 @@ def test_the_speeds_are_those_that_runs_choose(
     assert devices.speeds_of(plan) == tuple(speed.speeds_for(plan))
 
 
+def asked(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    from bitsandbytes import functional
+
+    def fail() -> bool:
+        raise error
+
+    monkeypatch.setattr(functional, "has_avx512bf16", fail)
+
+
+@pytest.mark.parametrize("error", [OSError("lib"), ImportError("lib"), RuntimeError("lib"), AttributeError("has")])
+def test_a_library_that_cannot_say_leaves_it_open(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    asked(monkeypatch, error)
+    assert named(list(devices.device_findings()))["cpu"].values["avx512_bf16"] is None
+
+
+def test_another_error_of_the_look_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked(monkeypatch, ValueError("ours"))
+    found = named(check_up())
+    assert (found["devices"].state, found["devices"].says) == ("broken", "ValueError: ours")
+
+
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import json
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from fine_tune.evaluating import judge
+from fine_tune.evaluation.perplexity import Perplexity
+from fine_tune.evaluation.record import Result
 from fine_tune.evaluation.verdict import Verdict, compare, verdict_table
 
 from .verdict_lines import Lines, by_correct, lines
@@ -85,6 +89,15 @@ def test_identical_scores_cannot_be_told_apart() -> None:
     verdict = compare(scores, scores, field="score", better="higher")
     assert (verdict.word, verdict.p, verdict.difference, verdict.more_items) == ("cannot tell", 1.0, 0.0, None)
     assert "mean score of the second is the same as that of the first" in verdict.sentence
+
+
+def test_a_score_is_called_what_it_is() -> None:
+    scores = np.random.default_rng(0).random(40)
+    verdict = compare(lines(scores.tolist(), "score"), lines((scores - 0.25).tolist(), "score"), field="score", better="lower")
+    said = verdict.named("base", "sft").calling(Perplexity.score_is).sentence
+    assert said.startswith("better: mean nats per token of sft is 0.25 lower than that of base over 40 items (")
+    assert "score" not in said
+    assert verdict.calling("a\x1b[31mb").sentence.startswith("better: mean a [31mb of ")
 
 
 def test_a_small_difference_says_how_many_more_items_it_would_take() -> None:
@@ -242,3 +255,11 @@ def test_hostile_names_are_inert() -> None:
     assert verdict.sentence.isprintable()
     # Twice in the title, in two column heads, and in the row of the group.
     assert shown(verdict, width=400).count("[red]x[/red]") == 5
+
+
+def test_an_evaluation_names_its_own_score(tmp_path: Path) -> None:
+    scores = np.random.default_rng(1).random(20).tolist()
+    results = [Result(name, tmp_path, lines(scores, "score"), {}) for name in ("base", "sft")]
+    [verdict] = judge(results, Perplexity(spec=cast(Any, None)), seed=0)
+    assert verdict.as_dict()["called"] == "nats per token"
+    assert "mean nats per token of sft is the same as that of base" in verdict.sentence

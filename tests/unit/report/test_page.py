@@ -201,6 +201,16 @@ def test_a_verdict_shows_its_groups_and_its_flips(chain: tuple[Path, Path]) -> N
     assert {"better: by 1", "0.03125", "adjusted p", "mean of sft", "0.1, 0.2"} <= set(page.pieces)
 
 
+def test_names_keep_their_underscores_and_keys_lose_theirs() -> None:
+    names = ["base_of_all", "tiny-qlora-world_sft-1a2b3c4d"]
+    groups = [{"name": "by_hand", "mean_a": 0.5, "mean_b": 0.7, "num_items": 3}]
+    shown = tables.verdict("x", {"sentence": "s", "names": names, "mean_a": 0.1, "adjusted_p": 0.2, "groups": groups}).shown
+    assert [label for label, _ in shown.facts] == ["mean of base_of_all", "adjusted p"]
+    [table] = shown.tables
+    assert table.columns == ("name", "mean of base_of_all", "mean of tiny-qlora-world_sft-1a2b3c4d", "num items")
+    assert table.rows[0][0].text == "by_hand"
+
+
 def test_names_in_a_verdict_lead_nowhere(chain: tuple[Path, Path]) -> None:
     write_jsonl(chain[0].parent / "secret" / "items.jsonl", [item("q1", "outside", right=True)])
     verdict = {"sentence": "s", "names": ["../../secret", "../../../secret"], "gained": ["q1"]}

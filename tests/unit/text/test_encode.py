@@ -1,7 +1,7 @@
 import copy
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fine_tune.errors import ConfigError
@@ -117,6 +117,24 @@ def test_an_end_of_turn_that_is_an_ordinary_added_token_is_protected_too(
     assert ids.count(encoder.end_of_turn_id) == 1
     assert ids[-1] == encoder.end_of_turn_id
     assert tokenizer.decode(ids[:-1]) == "<s>_### Human: a<stop>b### Assistant: c<stop>d"
+
+
+@pytest.mark.parametrize("named_by", ["tokenizer", "backend"])
+def test_an_end_of_turn_that_the_vocabulary_lacks_is_refused_by_name(named_by: str) -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "stop": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    unknown = {"unk_token": "<unk>"} if named_by == "tokenizer" else {}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", **unknown)
+    absent = load_template("guanaco", bos_token=None, eos_token="</s>", end_of_turn="<|end|>")
+    with pytest.raises(ConfigError, match=r"end-of-turn text '<\|end\|>' is not in this tokenizer's vocabulary") as caught:
+        Encoder(tokenizer, absent)
+    assert "model.add_tokens" in str(caught.value)
+    assert "model.end_of_turn" in str(caught.value)
+    # An ordinary word of the vocabulary may end a turn, and so may a token that was added.
+    word = load_template("guanaco", bos_token=None, eos_token="</s>", end_of_turn="stop")
+    assert Encoder(tokenizer, word).end_of_turn_id == 2
+    tokenizer.add_tokens(["<|end|>"])
+    assert Encoder(tokenizer, absent).end_of_turn_id == tokenizer.get_vocab()["<|end|>"]
 
 
 def test_private_use_characters_of_a_user_are_kept_apart_from_the_markers(
