@@ -12,6 +12,7 @@ VERBS = {
     "train": ("fine_tune.cli.train", "fine-tune a model: fine-tune train model=llama2_7b data=oasst1"),
     "evaluate": ("fine_tune.cli.evaluate", "ask checkpoints: fine-tune evaluate ckpt=[base,runs/sft] eval=exact_match"),
     "report": ("fine_tune.cli.report", "one page of a run or of several: fine-tune report runs/sft runs/dpo"),
+    "board": ("fine_tune.cli.board", "runs ranked in one table and on one page: fine-tune board runs"),
     "study": ("fine_tune.cli.study", "runs compared, asked and reported: fine-tune study side_by_side ckpt=[base,runs/sft]"),
     "chat": ("fine_tune.cli.chat", "talk to a checkpoint, or to two side by side: fine-tune chat ckpt=[base,runs/sft]"),
     "audit": ("fine_tune.cli.audit", "what the model will see of its data: fine-tune audit model=llama2_7b data=oasst1"),

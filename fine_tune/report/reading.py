@@ -109,20 +109,31 @@ def section(tree: dict[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def read_run(folder: Path) -> RunFiles:
-    """Read every file that a report shows.
+def read_figures(folder: Path) -> RunFiles:
+    """Read what a run was told and what it came to, and none of its lines: enough for a table of many runs.
 
     Raises:
-        ConfigError: There is no such folder, or nothing in it is of a run.
+        ConfigError: There is no such folder.
     """
     place = folder.expanduser().resolve()
     if not place.is_dir():
         raise ConfigError(f"run = {folder}: no such folder. Pass the folder of a run, such as runs/<run_name>.")
     run = RunFiles(place)
     run.config_text, run.config = _config(run)
-    run.manifest = _mapping(run, place / "manifest.json")
-    run.summary = _mapping(run, place / "summary.json")
-    run.ledger = _mapping(run, place / "data_ledger.json")
+    run.manifest = read_mapping(run, place / "manifest.json")
+    run.summary = read_mapping(run, place / "summary.json")
+    return run
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read every file that a report shows.
+
+    Raises:
+        ConfigError: There is no such folder, or nothing in it is of a run.
+    """
+    run = read_figures(folder)
+    place = run.path
+    run.ledger = read_mapping(run, place / "data_ledger.json")
     run.metrics = list(read_lines(run, place / "metrics.jsonl"))
     run.previews = list(read_lines(run, place / "previews.jsonl"))
     run.missing = [f"{name} ({told})" for name, told in FILES.items() if not (place / name).is_file()]
@@ -169,7 +180,8 @@ def _parse(text: str) -> Any:
         return None
 
 
-def _mapping(run: RunFiles, file: Path) -> dict[str, Any]:
+def read_mapping(run: RunFiles, file: Path) -> dict[str, Any]:
+    """Return the object that a JSON file of the run holds; a missing one is empty, a damaged one is noted, too."""
     text = _text(run, file)
     value = _parse(text) if text else {}
     if isinstance(value, dict):
@@ -203,7 +215,7 @@ def _evaluations(run: RunFiles) -> list[EvaluationFiles]:
 
 
 def _evaluation(run: RunFiles, folder: Path, root: Path) -> EvaluationFiles:
-    metrics = _mapping(run, folder / "metrics.json")
+    metrics = read_mapping(run, folder / "metrics.json")
     verdicts: list[dict[str, Any]] = []
     for file in sorted(folder.glob("verdict*.json")):
         value = _parse(_text(run, file))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,10 +10,8 @@ from typing import Any
 from fine_tune.config import check_config, find_conf_dir
 from fine_tune.errors import FineTuneError
 from fine_tune.overrides import group_options
-from fine_tune.report.visible import brief, compact, plain
+from fine_tune.report.leaves import leaf_texts
 
-MAX_LEAVES = 2000
-MAX_DEPTH = 12
 # Sentences for people, not settings.
 NOT_COMPARED = ("hints",)
 # Groups whose option's name the config keeps.
@@ -42,7 +40,7 @@ def differing(config: Mapping[str, Any]) -> Settings:
     default, against = _defaults(config)
     if default is None:
         return Settings((), "")
-    said, here = dict(_leaves(default)), dict(_leaves(config))
+    said, here = dict(leaf_texts(default)), dict(leaf_texts(config))
     keys = [key for key in dict.fromkeys((*here, *said)) if key.split(".")[0] not in NOT_COMPARED]
     found = (Difference(key, said.get(key, "(no such key)"), here.get(key, "(no such key)")) for key in keys)
     return Settings(tuple(d for d in found if d.default != d.here), against)
@@ -71,32 +69,3 @@ def _composed(words: tuple[str, ...]) -> dict[str, Any] | None:
         return check_config(words).cfg
     except FineTuneError:
         return None
-
-
-def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for number, leaf in enumerate(_walk(tree, "", 0)):
-        if number >= MAX_LEAVES:
-            return
-        yield leaf
-
-
-def _walk(node: Any, key: str, depth: int) -> Iterator[tuple[str, str]]:
-    if isinstance(node, dict) and node and depth < MAX_DEPTH:
-        for name, inner in node.items():
-            yield from _walk(inner, f"{key}.{name}" if key else str(name), depth + 1)
-    elif isinstance(node, list) and any(isinstance(inner, dict | list) for inner in node) and depth < MAX_DEPTH:
-        # Never written out whole: a few aliases of YAML can stand for more text than there is memory.
-        for index, inner in enumerate(node):
-            yield from _walk(inner, f"{key}[{index}]", depth + 1)
-    else:
-        yield key, "..." if depth >= MAX_DEPTH else _value(node)
-
-
-def _value(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return brief(compact(value), 300)
-    return (
-        repr(value) if isinstance(value, int | float) else brief(value if isinstance(value, str) else plain(value), 300)
-    )
