@@ -67,3 +67,13 @@ def redact(tree: Any, *, key: str = "") -> Any:
     if isinstance(tree, str) and (is_secret(tree, key=key) or SECRET_KEYS.search(key)):
         return MASK
     return tree
+
+
+def masked(text: str) -> str:
+    """Return a text in which whatever looks like a secret is replaced by ``***``, and the rest stays readable.
+
+    Example:
+        >>> masked("no route to https://me:pw@host/x")
+        'no route to ***host/x'
+    """
+    return FORTY_HEX.sub(MASK, SECRET_VALUES.sub(MASK, text))

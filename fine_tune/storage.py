@@ -124,3 +124,15 @@ def remove_leftovers(folder: Path) -> int:
     for item in leftovers:
         shutil.rmtree(item) if item.is_dir() else item.unlink()
     return len(leftovers)
+
+def read_lines(path: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
+    """Read metrics (or previews) up to a step; a last line that was cut off by a kill is left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if up_to_step is None or line["step"] <= up_to_step:
+            lines.append(line)
+    return lines

@@ -15,6 +15,7 @@ ALLOWED_PACKAGES = {
     "fine_tune.data": 9,
     "fine_tune.modules": 9,
     "fine_tune.callbacks": 9,
+    "fine_tune.tracking": 9,
     "torch.optim": 1,
     "bitsandbytes.optim": 1,
 }
@@ -86,6 +87,19 @@ def resolve(target: str) -> type[Any]:
     if not inspect.isclass(found) or not f"{found.__module__}.".startswith(f"{package}."):
         raise ConfigError(f"_target_ = {target}: must be a class defined in {package}. Name the class itself.")
     return found
+
+
+def check_arguments(node: Mapping[str, Any]) -> None:
+    """Check that a node's class takes the keys beside it, without building it.
+
+    Raises:
+        ConfigError: It does not, or the class cannot be imported.
+    """
+    target = node["_target_"]
+    try:
+        inspect.signature(resolve(target)).bind_partial(**{key: node[key] for key in node if key != "_target_"})
+    except TypeError as error:
+        raise ConfigError(f"_target_ = {target}: {error}. Check the keys beside it.") from error
 
 
 def build(node: Mapping[str, Any], **extra: Any) -> Any:

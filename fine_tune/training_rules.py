@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ SCHEDULE_OPTIONS = {
         {"num_decay_steps"},
     ),
 }
+# What a tracker's class cannot do without.
+TRACKER_PACKAGES = {
+    "WandbTracker": "wandb", "WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow",
+    "CometLogger": "comet_ml",
+}  # fmt: skip
 ADAPTER_KEYS = ("rank", "alpha", "dropout", "target_modules")
 
 
@@ -113,6 +119,17 @@ def _fp16_needs_a_gpu(precision: str, accelerator: str) -> str | None:
     return "trainer.precision = 16-mixed: not on the CPU. Pass trainer.precision=32-true or bf16-mixed."
 
 
+@RULES.on("trainer.capability", "trainer.precision", "model.dtype")
+def _sm75_has_no_bf16(capability: str | None, precision: str, dtype: str) -> str | None:
+    if capability != "sm75":
+        return None
+    if precision == "bf16-mixed":
+        return "trainer.precision = bf16-mixed: trainer.capability=sm75 has no bf16. Pass trainer.precision=16-mixed."
+    if dtype == "bfloat16":
+        return "model.dtype = bfloat16: trainer.capability=sm75 has no bf16. Pass model.dtype=float16."
+    return None
+
+
 @RULES.on("trainer.strategy", "trainer.devices", "trainer.num_nodes")
 def _several_devices(strategy: str, devices: int, nodes: int) -> str | None:
     if strategy == "ddp" or devices * nodes == 1:
@@ -161,6 +178,22 @@ def _validation_happens(every: int | None, stopping: Any, checkpoint: Any) -> st
         return None
     key = "callbacks.early_stopping" if stopping else "callbacks.checkpoint.use_best"
     return f"{key}: needs validation during the run. Pass trainer.val_every_n_steps=<steps>."
+
+
+@RULES.on("logger")
+def _trackers_are_installed(loggers: Mapping[str, Any] | None) -> str | None:
+    for name, node in (loggers or {}).items():
+        target = str((node or {}).get("_target_", ""))
+        package = next((needed for end, needed in TRACKER_PACKAGES.items() if target.endswith(f".{end}")), None)
+        if package and not _installed(package):
+            return f"logger.{name}: needs the package {package}. Run pip install {package}, or pass logger=none."
+    return None
+
+
+def _installed(package: str) -> bool:
+    # A folder of that name where the command was typed, such as W&B's own, is not the package.
+    found = find_spec(package)
+    return found is not None and found.origin is not None
 
 
 @RULES.on("optim.schedule", "optim.warmup_share")

@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from fine_tune.callbacks.trackers import Trackers
 from fine_tune.modules.step import stepping
-from fine_tune.storage import finite, write_text
+from fine_tune.storage import finite, read_lines, write_text
+from fine_tune.tracking.context import numbers_of
 
 
 class MetricsWriter(pl.Callback):
@@ -34,7 +34,6 @@ class MetricsWriter(pl.Callback):
         self.train_losses: list[tuple[float, int]] = []
         self.grad_norms: list[float] = []
         self._pending: dict[str, Any] | None = None
-        self._trackers = Trackers()
         self._keep_lines()
 
     def _keep_lines(self) -> None:
@@ -94,20 +93,8 @@ class MetricsWriter(pl.Callback):
         line, self._pending = self._pending, None
         if line is None or not trainer.is_global_zero:
             return
+        line = finite(line)
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(finite(line)) + "\n")
-        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
-        self._trackers.each(trainer, lambda logger: logger.log_metrics(numbers, step=line["step"]))
-
-
-def read_lines(path: Path, *, up_to_step: int | None = None) -> list[dict[str, Any]]:
-    """Read metrics (or previews) up to a step; a last line that was cut off by a kill is left out."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if up_to_step is None or line["step"] <= up_to_step:
-            lines.append(line)
-    return lines
+            stream.write(json.dumps(line) + "\n")
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers_of(line), step=line["step"])

@@ -11,13 +11,12 @@ from rich import get_console
 from rich.table import Table
 from rich.text import Text
 
-from fine_tune.callbacks.metrics import read_lines
-from fine_tune.callbacks.trackers import Trackers, log_rows
 from fine_tune.evaluation.answers import Answerer
 from fine_tune.modules.step import stepping
 from fine_tune.rng import untouched_rng
-from fine_tune.storage import finite, write_text
+from fine_tune.storage import finite, read_lines, write_text
 from fine_tune.text.conversation import Message
+from fine_tune.tracking.mailbox import Mailbox
 
 
 class GenerationPreview(pl.Callback):
@@ -39,7 +38,6 @@ class GenerationPreview(pl.Callback):
         self.prompts, self.max_new_tokens = prompts, max_new_tokens
         self._base: list[str] = []
         self._done: set[int] = set()
-        self._trackers = Trackers()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Fix the prompts, take the base model's answers, and drop what an interrupted run wrote after its checkpoint."""
@@ -94,7 +92,10 @@ class GenerationPreview(pl.Callback):
         with self._path.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(finite(row)) + "\n" for row in rows)
         _show(step, rows)
-        self._trackers.each(trainer, lambda logger: log_rows(logger, "previews", rows, step))
+        for logger in trainer.loggers:
+            # Only trackers of ours take rows.
+            if isinstance(logger, Mailbox):
+                logger.log_rows("previews", rows, step)
 
 
 def _show(step: int, rows: list[dict[str, Any]]) -> None:
