@@ -13,10 +13,10 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fine_tune.callbacks.trackers import starts
 from fine_tune.data.prepare import PrepareSpec
 from fine_tune.device import DTYPES, DevicePlan
 from fine_tune.errors import ConfigError
+from fine_tune.kept import Kept
 from fine_tune.models.adapter import AdapterSpec, attach
 from fine_tune.models.base import BaseSpec, load_base
 from fine_tune.models.dense_base import make_dense
@@ -90,17 +90,63 @@ def _new_tokens(model: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def load_network(
-    cfg: Mapping[str, Any], folder: Path, tokenizer: PreTrainedTokenizerBase, plan: DevicePlan, *, dense_base: bool = False
+    cfg: Mapping[str, Any],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: DevicePlan,
+    *,
+    dense_base: bool = False,
+    kept: Kept | None = None,
+    identity: str = "",
 ) -> nn.Module:
-    """Load the base, made dense if that is asked for, and attach what trains."""
-    network = load_bare(cfg, folder, tokenizer, plan)
-    if dense_base:
-        # Without autocast a plain layer multiplies in the dtype that the rest of the model is stored in.
-        plain = plan.precision == "32-true"
-        make_dense(network, DTYPES[cfg["model"]["dtype"]] if plain else plan.compute_dtype)
+    """Load the base, made dense if that is asked for, and attach what trains.
+
+    Args:
+        cfg: A checked config.
+        folder: The model's folder.
+        tokenizer: Its tokenizer, new tokens included.
+        plan: Where it runs.
+        dense_base: Dequantise a 4-bit base once.
+        kept: Bases of earlier runs of this process; one of the same tensors is not loaded again.
+        identity: Fingerprint of the folder's weights.
+    """
+
+    def load() -> PreTrainedModel:
+        network = load_bare(cfg, folder, tokenizer, plan)
+        if dense_base:
+            # Without autocast a plain layer multiplies in the dtype that the rest of the model is stored in.
+            plain = plan.precision == "32-true"
+            make_dense(network, DTYPES[cfg["model"]["dtype"]] if plain else plan.compute_dtype)
+        return network
+
+    if kept is not None and is_shared(cfg):
+        network = kept.base(base_key(cfg, tokenizer, plan, dense_base, identity), load)
+    else:
+        network = load()
     # Seeded here and not earlier: loading a base must not move the adapter's first values.
     seed_everything(cfg["seed"])
-    return attach(network, adapter_spec(cfg, tokenizer))
+    return attach(network, adapter_spec(cfg, tokenizer))  # type: ignore[arg-type]
+
+
+def is_shared(cfg: Mapping[str, Any]) -> bool:
+    """Tell whether runs may share a base.
+
+    Weights that train are a run's own, and 8-bit layers move their weights into states of their own when they first run.
+    """
+    method = cfg["method"]
+    return bool(method["trains"] != "all" and method["bits"] != 8)
+
+
+def base_key(
+    cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, plan: DevicePlan, dense_base: bool, identity: str
+) -> tuple[Any, ...]:
+    """Name everything that decides a frozen base's tensors and how its layers multiply."""
+    model, method = cfg["model"], cfg["method"]
+    return (
+        identity, model["path"], model["revision"], model["dtype"], model["trust_remote_code"], len(tokenizer),
+        tuple(_new_tokens(model, tokenizer)), method["bits"], method["quant_type"], method["double_quant"],
+        str(plan.device), str(plan.compute_dtype), plan.precision, dense_base,
+    )  # fmt: skip
 
 
 def adapter_spec(cfg: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> AdapterSpec:
@@ -135,11 +181,9 @@ def optim_spec(optim: Mapping[str, Any]) -> OptimSpec:
     )
 
 
-def callbacks_and_loggers(cfg: Mapping[str, Any], folder: Path) -> tuple[dict[str, pl.Callback], list[Any]]:
-    """Build the callbacks and trackers that the config names; null ones are off."""
-    callbacks = {name: build(node) for name, node in cfg["callbacks"].items() if node is not None}
-    loggers = [build(node, save_dir=str(folder)) for node in cfg["logger"].values() if node is not None]
-    return callbacks, [logger for logger in loggers if starts(logger)]
+def chosen_callbacks(cfg: Mapping[str, Any]) -> dict[str, pl.Callback]:
+    """Build the callbacks that the config names; null ones are off."""
+    return {name: build(node) for name, node in cfg["callbacks"].items() if node is not None}
 
 
 def make_trainer(

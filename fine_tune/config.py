@@ -41,7 +41,7 @@ RESUMABLE = re.compile(
     r"|trainer\.(speed|micro_batch_tokens|recompute|offload|compile|fused_lora|dense_base)|objective\.reference_store"
 )
 # Keys that runs of earlier versions do not have, and what they did.
-LATER_TRAINER_KEYS = {"dense_base": None}
+LATER_TRAINER_KEYS = {"dense_base": None, "capability": None, "memory_limit_gb": None}
 READABLE_ENVIRONMENT = ("HOSTNAME", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
 RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^{}]*)")
 
@@ -98,8 +98,17 @@ def check_sweep(overrides: Sequence[str]) -> list[Checked]:
     Raises:
         ConfigError: The problems of all combinations together.
     """
+    return check_jobs(expand(overrides))
+
+
+def check_jobs(combinations: Sequence[Sequence[str]]) -> list[Checked]:
+    """Check the jobs of a sweep, each given as its words.
+
+    Raises:
+        ConfigError: The problems of all of them together.
+    """
     checked, problems = [], []
-    for combination in expand(overrides):
+    for combination in combinations:
         try:
             checked.append(check_config(combination, multirun=True))
         except ConfigError as error:
@@ -200,6 +209,8 @@ def _compose(groups: tuple[tuple[str, str | None], ...]) -> DictConfig:
 
 def _mode_problems(words: Words, *, multirun: bool) -> Iterator[str]:
     typed = {key for key, value in words.values.items() if value is not None}
+    if not multirun and (words.groups.get("sweep") or any(key.startswith("sweep.") for key in typed)):
+        yield "sweep: only with -m."
     if multirun and "run_dir" in typed:
         yield "run_dir: one folder cannot hold the runs of a sweep. Pass sweep_dir=<folder>."
     if not multirun and "sweep_dir" in typed:

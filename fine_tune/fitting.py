@@ -23,12 +23,14 @@ from fine_tune.callbacks.metrics import MetricsWriter
 from fine_tune.callbacks.reference_store import StoredReference
 from fine_tune.callbacks.resume import Resume
 from fine_tune.callbacks.throughput import Throughput
+from fine_tune.callbacks.watch import Watch
 from fine_tune.data.module import PackedDataModule
 from fine_tune.data.table import TokenTable
 from fine_tune.device import DevicePlan
 from fine_tune.evaluation.answers import Answerer
 from fine_tune.evaluation.flops import FlopModel
 from fine_tune.interrupts import StopSignals
+from fine_tune.kept import Kept
 from fine_tune.losses.sft import perplexity
 from fine_tune.models.adapter import load_trained_state, trainable
 from fine_tune.modules.reference import FrozenAdapter
@@ -37,6 +39,8 @@ from fine_tune.reference_store import ReferenceStore
 from fine_tune.run_folder import versions
 from fine_tune.speed import chosen_execution
 from fine_tune.targets import build
+from fine_tune.tracking.run_trackers import RunTrackers
+from fine_tune.watching import Watcher
 
 # Keys of ``objective`` that are for the config, or that the run turns into something else first.
 NOT_THE_MODULES = ("_target_", "name", "accepts", "default_lr", "reference", "reference_store")
@@ -54,6 +58,9 @@ class Job:
     checkpoint: checkpoints.Checkpoint | None
     signals: StopSignals
     started: float = field(default_factory=time.perf_counter)
+    trackers: RunTrackers = field(default_factory=RunTrackers)
+    kept: Kept | None = None
+    watcher: Watcher = field(default_factory=Watcher)
 
     # Nothing is left to train: the last step is done, or an early stop ended the run.
     finished: bool = False
@@ -116,7 +123,7 @@ def fit(
     module = build_module(job.cfg, network, data, reference)
     module.step = job.first_step
     module.answerer = answerer
-    chosen, loggers = assembly.callbacks_and_loggers(job.cfg, job.path)
+    chosen = assembly.chosen_callbacks(job.cfg)
     throughput = next((c for c in chosen.values() if isinstance(c, Throughput)), None) or Throughput()
     metrics = MetricsWriter(
         job.path / "metrics.jsonl", first_step=job.first_step, loss_counts=module.loss_counts
@@ -128,13 +135,14 @@ def fit(
     resume: list[pl.Callback] = [Resume(job.checkpoint)] if job.checkpoint is not None else []
     stored = _stored_reference(job, data, record)
     # Order matters: counts first, then what uses them, then the checkpoint, and leaving last.
-    callbacks = [*stored, *resume, throughput, metrics, *others, *savers, Interrupt(job.signals, str(job.path))]
+    leaving = [Watch(job.watcher, metrics), Interrupt(job.signals, str(job.path))]
+    callbacks = [*stored, *resume, throughput, metrics, *others, *savers, *leaving]
     trainer = assembly.make_trainer(
         job.cfg["trainer"],
         job.plan,
         folder=job.path,
         callbacks=callbacks,
-        loggers=loggers,
+        loggers=list(job.trackers.loggers),
         steps=(job.first_step, data.num_steps),
     )
     if job.finished:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from fine_tune.problems import unknown_key, unknown_option
@@ -106,6 +106,43 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     return [list(combination) for combination in itertools.product(*choices)]
 
 
+class Varied(NamedTuple):
+    """A key that a sweep varies: over listed ``values``, or between ``low`` and ``high``.
+
+    ``log`` asks for steps of equal ratio, ``whole`` for whole numbers.
+    """
+
+    key: str
+    values: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+    whole: bool = False
+
+
+def varied(overrides: Sequence[str]) -> list[Varied]:
+    """Return what words vary: ``a=1,2``, ``choice(..)``, ``range(..)`` and ``interval(..)``, each also in ``tag(log, ..)``.
+
+    Example:
+        >>> varied(["optim.lr=tag(log,interval(1e-5,1e-3))", "method.rank=8,16", "seed=1"])[1].values
+        ('8', '16')
+    """
+    found = []
+    for text in overrides:
+        try:
+            parsed = OverridesParser.create().parse_overrides([text])[0]
+        except HydraException:
+            continue
+        key, value = parsed.get_key_element(), parsed.value()
+        if isinstance(value, IntervalSweep):
+            low, high = value.start, value.end
+            whole = isinstance(low, int) and isinstance(high, int)
+            found.append(Varied(key, (), float(low or 0), float(high or 0), "log" in value.tags, whole))
+        elif isinstance(value, ChoiceSweep | RangeSweep):
+            found.append(Varied(key, tuple(str(one) for one in parsed.sweep_string_iterator())))
+    return found
+
+
 def _key_of(text: str) -> str:
     return text.partition("=")[0].lstrip("+~")
 
@@ -174,7 +211,7 @@ def _take(parsed: Override, words: Words, groups: dict[str, list[str]]) -> str |
     if key in groups:
         if value is not None and not isinstance(value, str):
             return f"{key} = {value}: must be the name of one option. Choose one of {', '.join(groups[key])}."
-        if value is None and key not in ("experiment", "debug"):
+        if value is None and key not in ("experiment", "debug", "sweep"):
             return f"{key} = null: a group needs an option. Choose one of {', '.join(groups[key])}."
         if value is not None and value not in groups[key]:
             return unknown_option(key, value, groups[key])

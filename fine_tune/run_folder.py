@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,11 +22,14 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from fine_tune.errors import ConfigError, RunLocked
-from fine_tune.redaction import redact
+from fine_tune.errors import ConfigError, RunLocked, StorageError
+from fine_tune.redaction import masked, redact
 from fine_tune.storage import remove_leftovers, storage_errors, write_json, write_text
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
+FAILURE, ERROR_LOG = "failure.json", "error.log"
+# Exit codes of runs that a signal stopped: they go on, and have not failed.
+INTERRUPTED = (130, 143)
 RECORDED = (
     "torch",
     "lightning",
@@ -119,8 +124,8 @@ def refuse_to_delete(folder: Path, *, needed: Mapping[str, Any]) -> None:
 
 def _occupied(folder: Path) -> bool:
     if folder.is_dir():
-        # A start that was refused leaves nothing but its lock.
-        return any(item.name != LOCK for item in folder.iterdir())
+        # A start that was refused leaves nothing but its lock and what it said.
+        return any(item.name not in (LOCK, FAILURE, ERROR_LOG) for item in folder.iterdir())
     return folder.exists()
 
 
@@ -152,6 +157,27 @@ def clear_folder(path: Path) -> None:
             shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
+@contextmanager
+def failure_told(folder: Path) -> Iterator[None]:
+    """Leave in the folder how the run failed, for who looks at it later; a new start takes it away.
+
+    ``failure.json`` has exit code, class and message, ``error.log`` also the traceback; secrets are masked in both.
+    """
+    for name in (FAILURE, ERROR_LOG):
+        (folder / name).unlink(missing_ok=True)
+    try:
+        yield
+    except Exception as error:
+        code = getattr(error, "exit_code", 1)
+        if code not in INTERRUPTED:
+            # A disk that is full is often why it failed.
+            with suppress(OSError, StorageError):
+                told = {"exit_code": code, "error": type(error).__name__, "reason": masked(str(error))}
+                write_json(folder / FAILURE, told)
+                write_text(folder / ERROR_LOG, masked("".join(traceback.format_exception(error))))
+        raise
+
+
 def write_config(folder: Path, cfg: Mapping[str, Any]) -> None:
     """Write the resolved config without secrets; evaluation, merging and resuming read the run from it."""
     header = "# Resolved config of this run, written by fine_tune. Read as data, never executed.\n"
@@ -168,7 +194,7 @@ def write_manifest(
             "versions": versions(),
             "git_commit": git_commit(),
             "seed": seed,
-            "command": redact(" ".join([Path(sys.argv[0]).name, *overrides])),
+            "command": redact(shlex.join([Path(sys.argv[0]).name, *overrides])),
             "device": device,
             "platform": platform.platform(),
             **fingerprints,

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import rich
 import torch
+from rich.text import Text
 from torch import nn
 
 from fine_tune import assembly, summary
 from fine_tune.callbacks.progress import progress_bar
 from fine_tune.data.module import PackedDataModule
-from fine_tune.data.prepare import Prepared
+from fine_tune.data.prepare import EvalItem, Prepared
 from fine_tune.device import DevicePlan, plan_device
 from fine_tune.errors import ConfigError, MemoryExhausted
 from fine_tune.evaluation.answers import Answerer
 from fine_tune.evaluation.held_out import HeldOut, evaluate_held_out, read_held_out, write_held_out
 from fine_tune.fitting import Job, fit
 from fine_tune.interrupts import StopSignals
+from fine_tune.kept import Kept
 from fine_tune.memory_plan import plan_memory
 from fine_tune.models.adapter import scaling
 from fine_tune.models.execution import prepare_layers
@@ -34,13 +38,15 @@ from fine_tune.models.hub import context_length, resolve_model
 from fine_tune.opening import adapter_hashes, finished_in_sweep, nothing_left, opened, say
 from fine_tune.passport.document import write_passport
 from fine_tune.quiet import quiet_libraries
-from fine_tune.run_folder import clear_folder, write_config, write_manifest
+from fine_tune.report.visible import visible
+from fine_tune.run_folder import clear_folder, failure_told, write_config, write_manifest
 from fine_tune.speed import chosen_execution
 from fine_tune.starting import check_sources, start
 from fine_tune.storage import storage_errors, write_json
 from fine_tune.text.template import AUTO, ChatTemplate
 from fine_tune.text.tokenizer import tokenizer_fingerprint
 from fine_tune.training_data import plan_steps, prepared_data, samples_of
+from fine_tune.watching import Watcher
 
 
 @dataclass
@@ -51,12 +57,16 @@ class RunResult:
     run_dir: str
 
 
-def run(cfg: Mapping[str, Any], *, overrides: list[str] | None = None) -> RunResult:
+def run(
+    cfg: Mapping[str, Any], *, overrides: list[str] | None = None, kept: Kept | None = None, watcher: Watcher | None = None
+) -> RunResult:
     """Do one training run.
 
     Args:
         cfg: A config that ``check_config`` accepted, as plain containers.
         overrides: The words it was made from, for the manifest.
+        kept: What runs of this process share; None loads everything anew and keeps nothing.
+        watcher: Who follows the run.
 
     Raises:
         FineTuneError: Whatever stops the run, with the exit code for it.
@@ -66,12 +76,15 @@ def run(cfg: Mapping[str, Any], *, overrides: list[str] | None = None) -> RunRes
     trainer = cfg["trainer"]
     plan = plan_device(**{key: trainer[key] for key in ("accelerator", "devices", "num_nodes", "precision")})
     rich.get_console().quiet = plan.rank > 0
-    with StopSignals() as signals, opened(cfg, plan) as (path, checkpoint), _memory_told(plan):
+    watcher = watcher or Watcher()
+    with StopSignals() as signals, opened(cfg, plan) as (path, checkpoint), _memory_told(plan), failure_told(path):
+        watcher.opened(path)
         if earlier := finished_in_sweep(cfg, path):
             return RunResult(earlier, str(path))
         _free_earlier(plan)
-        job = Job(cfg, path, plan, checkpoint, signals, started)
-        return _train(job, overrides or [])
+        job = Job(cfg, path, plan, checkpoint, signals, started, kept=kept, watcher=watcher)
+        with job.trackers:
+            return _train(job, overrides or [])
 
 
 def _free_earlier(plan: DevicePlan) -> None:
@@ -123,9 +136,12 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
     }
     known = {**record, **(adapter_hashes(cfg) if job.checkpoint is None else {})}
     write_manifest(path, seed=cfg["seed"], device=job.plan.describe(), fingerprints=known, overrides=overrides)
+    job.trackers.open(cfg, path, first_step=job.first_step, rank=job.plan.rank)
     execution = chosen_execution(cfg["trainer"])
-    with rich.get_console().status(f"loading {model['path']}"):
-        network = assembly.load_network(cfg, model_folder, tokenizer, job.plan, dense_base=execution.dense_base)
+    with rich.get_console().status(Text(visible(f"loading {model['path']}"))):
+        network = assembly.load_network(
+            cfg, model_folder, tokenizer, job.plan, dense_base=execution.dense_base, kept=job.kept, identity=identity
+        )
     record["scaling"] = scaling(network)
     with torch.autocast(job.plan.device.type, job.plan.compute_dtype, enabled=job.plan.precision != "32-true"):
         proof: dict[str, Any] = {"device": job.plan.device, "vocabulary": min(len(tokenizer), 4096)}
@@ -145,6 +161,7 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
     values = fitted.summary(job, len(data.prepared.train)) | _answers(answers)
     result = summary.complete(values | {"wall_seconds": time.perf_counter() - job.started})
     write_json(path / "summary.json", result)
+    job.trackers.finish(result, adapter=path / "adapter", step=fitted.adapter_step)
     summary.show(result, str(path))
     return RunResult(result, str(path))
 
@@ -181,7 +198,9 @@ def _data(job: Job, model_folder: Path, tokenizer: Any, template: ChatTemplate) 
     rich.get_console().print(data.prepared.ledger.render())
     for line in data.prepared.warnings:
         say(f"note: {line}")
-    found = plan_memory(job.cfg, job.plan, model_folder, samples_of(job.cfg, data, num_ranks=job.plan.num_ranks))
+    # A base that is kept is used again, or freed before another is loaded: its room is this run's.
+    held = job.kept.device_bytes if job.kept else 0
+    found = plan_memory(job.cfg, job.plan, model_folder, samples_of(job.cfg, data, num_ranks=job.plan.num_ranks), held=held)
     for line in found.describe():
         say(line)
     # The run goes on with what was chosen.
@@ -208,6 +227,10 @@ def _held_out(job: Job, answerer: Answerer, prepared: Prepared, *, who: str) -> 
             return None  # the network is at the checkpoint by now
     started = time.perf_counter()
     rule = settings["answer_rule"]
+    key = _answers_key(job, answerer, items, who)
+    if key and job.kept and key in job.kept.answers:
+        write_held_out(folder, job.kept.answers[key], items, rule=rule, checkpoint=who, started=started)
+        return job.kept.answers[key]
     with progress_bar() as bar:
         task = bar.add_task(f"{who} answers", total=len(items), note="")
         result = evaluate_held_out(
@@ -219,7 +242,19 @@ def _held_out(job: Job, answerer: Answerer, prepared: Prepared, *, who: str) -> 
             progress=lambda count: bar.advance(task, count),
         )
     write_held_out(folder, result, items, rule=rule, checkpoint=who, started=started)
+    if key and job.kept:
+        job.kept.answers[key] = result
     return result
+
+
+def _answers_key(job: Job, answerer: Answerer, items: Sequence[EvalItem], who: str) -> str:
+    """Name everything that decides the answers of a base that is kept; nothing for others, and for what trains."""
+    if who != "base" or job.kept is None or not assembly.is_shared(job.cfg):
+        return ""
+    asked = [[item.id, item.answer, [(turn.role, turn.content) for turn in item.messages]] for item in items]
+    rules = [job.cfg["data"][key] for key in ("answer_rule", "max_new_tokens")]
+    ways = [answerer.template.sha256, answerer.max_prompt_tokens, asdict(chosen_execution(job.cfg["trainer"]))]
+    return hashlib.sha256(json.dumps([job.kept.key, asked, rules, ways]).encode()).hexdigest()
 
 
 def _answers(answers: Mapping[str, HeldOut | None]) -> dict[str, Any]:

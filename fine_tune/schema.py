@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fine_tune.logger_schema import Loggers
 from fine_tune.schema_types import (
     AtLeast0,
     AtLeast1,
@@ -26,6 +27,7 @@ from fine_tune.schema_types import (
     TargetModules,
     Text,
 )
+from fine_tune.sweep_schema import Sweep
 
 # How the rows of one source are read; a mix has several sources.
 RowFormat = Literal[
@@ -150,17 +152,9 @@ class Optim(Node):
     weight_decay: NotNegative
     max_grad_norm: Positive | None
     schedule: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr",
-        "warmup_stable_decay",
-    ]
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    ]  # fmt: skip
     warmup_share: BelowOne
     schedule_options: dict[str, Any]
     global_batch_size: AtLeast1
@@ -174,6 +168,8 @@ class Trainer(Node):
     num_nodes: AtLeast1
     strategy: Literal["auto", "ddp"]
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
+    capability: Literal["sm75"] | None
+    memory_limit_gb: Positive | None
     max_steps: AtLeast1 | None
     max_epochs: Positive | None
     val_every_n_steps: AtLeast1 | None
@@ -272,7 +268,9 @@ class Config(Node):
     optim: Optim
     trainer: Trainer
     callbacks: Callbacks
-    logger: dict[str, Plugin | None]
+    logger: Loggers
+    # Which jobs a sweep has; none of its jobs sees it.
+    sweep: Sweep | None = None
 
 
 def known_keys(node: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -26,12 +26,15 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "packing": (),  # pure functions of lengths and step numbers
     "rules": (),
     "schema_types": (),
-    "schema": ("schema_types",),
+    "watching": (),
+    "logger_schema": ("schema_types",),
+    "sweep_schema": ("schema_types",),
+    "schema": ("logger_schema", "schema_types", "sweep_schema"),
     "problems": (),
     "summary": (),
     # Errors are what every room may raise.
     "storage": ("errors",),
-    "device": ("errors",),
+    "device": ("errors", "kernels"),
     "interrupts": ("errors",),
     "targets": ("errors",),
     "text": ("errors",),
@@ -49,9 +52,13 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "evaluation": ("data", "errors", "losses", "models", "packing", "rng", "storage", "text"),
     # A run's own held-out answers are judged by the verdict of evaluations.
     "report": ("config", "errors", "evaluation", "overrides", "storage", "summary"),
+    # Trackers see what the run's files say; W&B's process imports nothing of ours but how to mask a secret.
+    "tracking": ("redaction", "storage", "targets"),
+    # Many runs read as the report reads one.
+    "board": ("errors", "redaction", "report", "run_folder", "storage", "summary"),
     "callbacks": (
-        "checkpoints", "data", "errors", "evaluation", "interrupts", "models", "modules", "packing", "reference_store", "rng",
-        "storage", "text",
+        "checkpoints", "data", "device", "errors", "evaluation", "interrupts", "models", "modules", "packing",
+        "reference_store", "rng", "storage", "text", "tracking", "watching",
     ),
     # What an artifact must say again wherever it is served: rendered, encoded and generated as in evaluation.
     "passport": ("errors", "evaluation", "models", "storage", "text"),
@@ -62,28 +69,32 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "data_rules": ("data", "errors", "problems", "rules"),
     "checks": ("data_rules", "preference_rules", "problems", "rules", "schema", "targets", "training_rules"),
     "config": ("checks", "errors", "overrides", "problems", "schema"),
+    "showing": ("config", "errors", "overrides", "problems", "schema"),
     # The run: takes plain values and puts the rooms together.
-    "assembly": ("callbacks", "data", "device", "errors", "models", "modules", "rng", "targets", "text"),
-    "opening": ("assembly", "checkpoints", "data", "device", "errors", "models", "rules", "run_folder", "storage"),
+    # What runs of one process share: a base, and what it answered.
+    "kept": ("evaluation",),
+    "assembly": ("callbacks", "data", "device", "errors", "kept", "models", "modules", "rng", "targets", "text"),
+    "opening": ("assembly", "checkpoints", "data", "device", "errors", "models", "report", "rules", "run_folder", "storage"),
     "starting": ("checkpoints", "errors", "models", "modules", "opening", "storage"),
     "fitting": (
-        "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "interrupts", "losses", "models",
-        "modules", "reference_store", "run_folder", "speed", "targets",
+        "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "interrupts", "kept", "losses",
+        "models", "modules", "reference_store", "run_folder", "speed", "targets", "tracking", "watching",
     ),
     "quiet": (),
     "speed": ("device", "models"),
-    "memory": ("models",),
+    "memory": ("losses", "models"),
     "memory_plan": ("device", "memory", "models", "speed"),
     "training_data": ("assembly", "callbacks", "data", "memory_plan", "targets", "text"),
     "planning": (
         "assembly", "data", "device", "errors", "fitting", "memory", "memory_plan", "models", "modules", "quiet", "speed",
         "starting", "training_data",
     ),
-    "planning_table": ("memory", "planning"),
+    "planning_table": ("memory", "planning", "report"),
     # Evaluation: checkpoints found and loaded, asked, and compared.
     "evaluation_schema": ("schema", "schema_types"),
     "evaluation_config": ("checks", "config", "errors", "evaluation_schema", "overrides", "problems", "schema", "schema_types"),
-    "subjects": ("assembly", "checkpoints", "device", "errors", "evaluation", "models", "storage"),
+    "own_template": ("errors", "models", "passport", "text"),
+    "subjects": ("assembly", "checkpoints", "device", "errors", "evaluation", "models", "own_template", "storage", "text"),
     # From checkpoint to artifact: what is written must say what base and adapter say.
     "merging": (
         "assembly", "device", "errors", "evaluation", "kernels", "models", "passport", "quiet", "rng", "run_folder", "storage",
@@ -109,23 +120,27 @@ ARROWS: dict[str, tuple[str, ...]] = {
     # Stands on little: it is asked when something else is broken.
     "doctor": ("data", "device", "errors", "report"),
     "runs": (
-        "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "fitting", "interrupts", "memory_plan",
-        "models", "opening", "passport", "quiet", "run_folder", "speed", "starting", "storage", "summary", "targets", "text",
-        "training_data",
+        "assembly", "callbacks", "checkpoints", "data", "device", "errors", "evaluation", "fitting", "interrupts", "kept",
+        "memory_plan", "models", "opening", "passport", "quiet", "report", "run_folder", "speed", "starting", "storage", "summary",
+        "targets", "text", "training_data", "watching",
+    ),
+    # Many runs: what they share, how they ended, and their board.
+    "sweeps": (
+        "board", "config", "errors", "interrupts", "kept", "opening", "overrides", "redaction", "runs", "storage", "watching",
     ),
     # Doors.
     "api": ("allocator", "config", "errors", "evaluating", "evaluation_config", "interrupts", "runs", "threads"),
     "__init__": ("api",),
     "cli": (
-        "allocator", "audit", "chat", "chat_config", "config", "doctor", "errors", "evaluating", "evaluation_config",
+        "allocator", "audit", "board", "chat", "chat_config", "config", "doctor", "errors", "evaluating", "evaluation_config",
         "evaluation_schema", "merging", "overrides", "planning", "planning_table", "pushing", "redaction", "report", "runs",
-        "threads", "verifying", "__init__",
+        "showing", "sweeps", "threads", "verifying", "__init__",
     ),
     "__main__": ("cli",),
 }  # fmt: skip
 
 # The only files that may know Hydra and OmegaConf.
-CONFIG_FILES = {"config.py", "evaluation_config.py", "overrides.py", "cli/train.py"}
+CONFIG_FILES = {"config.py", "evaluation_config.py", "overrides.py", "showing.py", "cli/train.py"}
 # What must answer before torch is imported: a config problem is told in a second.
 LIGHT = ("fine_tune", "fine_tune.config", "fine_tune.cli.main", "fine_tune.cli.train", "fine_tune.errors")
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
 from fine_tune.allocator import let_segments_grow
-from fine_tune.config import check_config, check_sweep, find_conf_dir
+from fine_tune.config import check_config, find_conf_dir
 from fine_tune.errors import ConfigError, FineTuneError
 from fine_tune.overrides import for_hydra, group_options
 from fine_tune.redaction import secret_in_override
+from fine_tune.showing import help_text
+from fine_tune.sweeps.record import SweepFolder
+from fine_tune.sweeps.spec import SEARCH, SweepSpec, read_sweep
+from fine_tune.sweeps.workers import leave_the_group
 from fine_tune.threads import wait_politely
 
 # Flags that show something and start nothing: Hydra answers them.
@@ -49,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         flags, overrides = _split(words)
+        if any(flag in ("--help", "-h") for flag in flags):
+            print(help_text(overrides))
+            return 0
         if any(flag.partition("=")[0] in SHOW for flag in flags):
             return _serve(words)
         if any(flag in SWEEP for flag in flags):
@@ -62,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_job(overrides: Sequence[str], *, multirun: bool = False) -> int:
-    """Check the overrides of one job, run it, and return its exit code."""
-    checked = check_config(overrides, multirun=multirun)
+def run_job(overrides: Sequence[str]) -> int:
+    """Check the overrides of one run, run it, and return its exit code."""
+    checked = check_config(overrides)
     let_segments_grow()
     wait_politely()
     # The first import of torch, after everything that can be refused without it.
@@ -98,40 +103,28 @@ def _split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def _sweep(overrides: Sequence[str]) -> int:
-    jobs = check_sweep(overrides)
-    print(f"sweep: {len(jobs)} runs, every config checked", file=sys.stderr)
-    words = for_hydra(overrides, group_options(find_conf_dir()))
-    # Hydra's sweeper writes the raw overrides to multirun.yaml; each run keeps a redacted config of its own.
-    with (
-        tempfile.TemporaryDirectory(prefix="fine_tune_sweep_") as folder,
-        _environment("HYDRA_FULL_ERROR", "1"),
-    ):
-        return _serve(["-m", *words, f"hydra.sweep.dir='{folder}'"])
-
-
 def _serve(words: Sequence[str]) -> int:
-    """Hand a command line to Hydra and return the exit code that its jobs end with."""
+    """Hand the command line of one run to Hydra and return the exit code that it ends with."""
     typed = sys.argv
 
     def job(_: Any) -> None:
         # Lightning starts the other processes of DDP with sys.argv, which must be what the user typed.
         sys.argv = typed
-        state = HydraConfig.get()
-        multirun = state.mode == RunMode.MULTIRUN
         try:
             # Not the config that Hydra composed: what a typed value replaces is still in that one.
-            code = run_job(list(state.overrides.task), multirun=multirun)
+            code = run_job(list(HydraConfig.get().overrides.task))
         except FineTuneError as error:
             print(error, file=sys.stderr)
-            if multirun and error.exit_code not in (130, 143):
-                raise  # the other jobs go on; the first failure becomes the exit code
             code = error.exit_code
-        if code or not multirun:
-            # SystemExit passes through Hydra untouched, so an interrupted job also ends its sweep.
-            sys.exit(code)
+        # SystemExit passes through Hydra untouched.
+        sys.exit(code)
 
+    return _hydra(words, job)
+
+
+def _hydra(words: Sequence[str], job: Callable[[Any], None]) -> int:
     entry = hydra.main(version_base="1.3", config_path=str(find_conf_dir()), config_name="train")(job)
+    typed = sys.argv
     sys.argv = [typed[0], *words]
     try:
         entry()
@@ -140,6 +133,48 @@ def _serve(words: Sequence[str]) -> int:
     finally:
         sys.argv = typed
     return 0
+
+
+def _sweep(overrides: Sequence[str]) -> int:
+    """Check every job, run them all, and show the board; several processes of torchrun share the jobs."""
+    spec = read_sweep(overrides)
+    rank, size = leave_the_group()
+    if size > 1 and (spec.kind == SEARCH or spec.launcher not in (None, "basic")):
+        what = "a search learns from one trial to the next" if spec.kind == SEARCH else "the launcher starts processes of its own"
+        raise ConfigError(f"torchrun: {what}. Start one process, without torchrun.")
+    if rank == 0:
+        number = f"{len(spec.jobs)} runs" if spec.jobs else "a search"
+        print(f"{spec.name}: {number}, every config checked", file=sys.stderr)
+    let_segments_grow()
+    wait_politely()
+    # The first import of torch, after everything that can be refused without it.
+    from fine_tune.sweeps.search import run_search
+    from fine_tune.sweeps.sweep import finish, open_sweep, run_grid
+
+    sweep = open_sweep(spec, ["python", "train.py", "-m", *overrides])
+    if spec.kind == SEARCH:
+        run_search(spec, sweep)
+    elif spec.launcher in (None, "basic"):
+        run_grid(spec, sweep, rank=rank)
+    else:
+        _launch(spec, sweep)
+    return finish(spec, sweep) if rank == 0 else 0
+
+
+def _launch(spec: SweepSpec, sweep: SweepFolder) -> None:
+    """Let a launcher of Hydra start the jobs, in processes of its own or on a cluster."""
+    words = for_hydra(spec.words, group_options(find_conf_dir()))
+    # Not in the working directory; and what Hydra writes there holds the words of the sweep, none of which is a secret.
+    place = spec.folder / "launcher"
+
+    def job(_: Any) -> None:
+        from fine_tune.sweeps.sweep import grid_job
+
+        grid_job(spec, sweep, int(HydraConfig.get().job.num))
+
+    with _environment("HYDRA_FULL_ERROR", "1"):
+        _hydra(["-m", *words, f"hydra.sweep.dir='{place}'"], job)
+    (place / "multirun.yaml").unlink(missing_ok=True)
 
 
 @contextmanager

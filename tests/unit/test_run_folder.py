@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -207,6 +208,8 @@ def test_the_manifest_holds_what_is_needed_to_repeat_the_run(tmp_path: Path, mon
     found = json.loads((tmp_path / "manifest.json").read_text())
     assert (found["seed"], found["device"], found["base_fingerprint"]) == (7, "CPU", "f")
     assert found["command"] == "train.py method.rank=8"
+    write_manifest(tmp_path, seed=7, device="CPU", fingerprints={}, overrides=["data.path=my rows.jsonl"])
+    assert shlex.split(json.loads((tmp_path / "manifest.json").read_text())["command"]) == ["train.py", "data.path=my rows.jsonl"]
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))
     assert {"torch", "lightning", "transformers", "peft"} <= found["versions"].keys()
     write_manifest(tmp_path, seed=7, device="CPU", fingerprints={}, overrides=overrides)
