@@ -53,11 +53,26 @@ CPU = (
     Case("ours, NF4", "sft", OURS, f"{CPU_SFT} method=qlora model.dtype=float32"),
     Case("TRL", "sft", TRL, "batch_size=8 steps=10 warm=4 checkpointing=0"),
 )
+# For the folder of real_rows.py: the same rows per step, adapter, length and float32; TRL also as its users may set it.
+REAL_SFT = (
+    "data=chat data.max_seq_len=512 optim.global_batch_size=16 trainer.max_steps=40 method.rank=16 method.alpha=32 "
+    "model.dtype=float32"
+)
+REAL_TRL = "batch_size=16 steps=40 warm=10 checkpointing=0 rank=16 alpha=32 max_length=512"
+REAL = (
+    Case("ours", "sft", OURS, f"{REAL_SFT} method=lora"),
+    Case("TRL", "sft", TRL, REAL_TRL),
+    Case("TRL, rows grouped by length", "sft", TRL, f"{REAL_TRL} sampler=group_by_length"),
+    Case("TRL, packed", "sft", TRL, f"{REAL_TRL} packing=1 batch_size=7"),
+    Case("ours, NF4", "sft", OURS, f"{REAL_SFT} method=qlora"),
+    Case("TRL, NF4", "sft", TRL, f"{REAL_TRL} base=nf4"),
+)
+CASES = {"gpu": GPU, "cpu": CPU, "real": REAL}
 
 
-def chosen(device: str, wanted: str | None) -> Iterator[Case]:
-    """Yield the cases of a device whose ``kind`` and name contain one of the comma-separated words of ``wanted``."""
-    for case in GPU if device == "gpu" else CPU:
+def chosen(cases: str, wanted: str | None) -> Iterator[Case]:
+    """Yield the cases of a table whose ``kind`` and name contain one of the comma-separated words of ``wanted``."""
+    for case in CASES[cases]:
         label = f"{case.kind} {case.system} {case.name}".lower()
         if wanted is None or any(all(part in label for part in word.lower().split("+")) for word in wanted.split(",")):
             yield case

@@ -2,9 +2,11 @@
 
     python benchmarks/peers.py trl sft FOLDER batch_size=16 steps=12 warm=4 [liger=1] [checkpointing=0] [base=dense]
     python benchmarks/peers.py unsloth dpo FOLDER batch_size=8 steps=8 warm=3 [checkpointing=0|1|unsloth]
+    python benchmarks/peers.py trl sft FOLDER batch_size=16 steps=40 [base=nf4] [packing=1 | sampler=group_by_length]
 
 Both run as their documentation shows: LoRA of rank 64 on all linear layers, NF4 with double quantisation, bf16, fused AdamW. On a
-CPU only TRL runs, in float32 and without quantisation.
+CPU only TRL runs, in float32, quantised if asked. Where the model's tokenizer has a chat template, rows are handed over as messages
+and TRL renders them; tokens are counted in the batches that the model gets, without padding.
 """
 
 from __future__ import annotations
@@ -21,10 +23,16 @@ os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def read_rows(folder: Path, kind: str, count: int) -> tuple[list[dict[str, str]], float]:
-    """Read as many rows as will be used, in the peers' own form, and their mean length in tokens (one word is one token)."""
+def read_rows(folder: Path, kind: str, count: int) -> tuple[list[dict[str, Any]], float | None]:
+    """Read as many rows as will be used, in the peers' own form, and their mean length in tokens (one word is one token).
+
+    Of rows for a chat template no length is known: their tokens are counted in training.
+    """
     lines = (folder / ("rows.jsonl" if kind == "sft" else "pairs.jsonl")).read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines]
+    if (folder / "model" / "chat_template.jinja").exists():
+        talks = [{"prompt": row["messages"][:-1], "completion": row["messages"][-1:]} for row in found]
+        return [talks[i % len(talks)] for i in range(count)], None
     if kind == "sft":
         found = [dict(zip(("prompt", "completion"), (m["content"] for m in row["messages"]), strict=True)) for row in found]
         found = [{"prompt": row["prompt"] + " ", "completion": row["completion"]} for row in found]
@@ -41,12 +49,12 @@ def trl_parts(model_folder: Path, options: dict[str, str]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     gpu = torch.cuda.is_available()
-    quantised = gpu and options.get("base") != "dense"
+    quantised = options.get("base", "nf4" if gpu else "dense") == "nf4"
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=torch.bfloat16 if gpu else torch.float32,
     )
     model = AutoModelForCausalLM.from_pretrained(
         str(model_folder),
@@ -56,8 +64,9 @@ def trl_parts(model_folder: Path, options: dict[str, str]) -> dict[str, Any]:
         attn_implementation="sdpa",
     )
     lora = LoraConfig(
-        r=int(options.get("rank", 64)), lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+        r=int(options.get("rank", 64)), lora_alpha=int(options.get("alpha", 16)), lora_dropout=0.0, target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
     return {"model": model, "processing_class": AutoTokenizer.from_pretrained(str(model_folder)), "peft_config": lora}
 
 
@@ -91,12 +100,14 @@ def settings(system: str, options: dict[str, str]) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": [],
         "learning_rate": 1e-4,
-        "max_length": 1024,
+        "max_length": int(options.get("max_length", 1024)),
         "optim": "adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
     }
     if system == "trl":
         found |= {"gradient_checkpointing": options.get("checkpointing", "1") == "1"}
-        found |= {"use_liger_kernel": options.get("liger") == "1"}
+        found |= {"use_liger_kernel": options.get("liger") == "1", "optim": options.get("optim", found["optim"])}
+        found |= {"packing": options.get("packing") == "1"}
+        found |= {"train_sampling_strategy": options["sampler"]} if "sampler" in options else {}
     return found
 
 
@@ -116,6 +127,20 @@ def timed_trainer(system: str, kind: str, folder: Path, options: dict[str, str],
 
     chosen |= {"precompute_ref_log_probs": options.get("store") == "1"}
     return DPOTrainer(args=DPOConfig(**chosen), train_dataset=data, **parts)
+
+
+def count_tokens(trainer: Any) -> list[int]:
+    """Let a trainer note the real tokens of each batch that its model gets, and return the list that they go to."""
+    counts: list[int] = []
+    plain = trainer.training_step
+
+    def step(model: Any, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        mask = inputs.get("attention_mask")
+        counts.append(inputs["input_ids"].numel() if mask is None else int(mask.sum()))
+        return plain(model, inputs, *rest, **named)
+
+    trainer.training_step = step
+    return counts
 
 
 def measure(trainer: Any, warm: int) -> tuple[float, float | None]:
@@ -149,9 +174,11 @@ def main() -> None:
     size, steps, warm = (int(options[key]) for key in ("batch_size", "steps", "warm"))
     rows, mean = read_rows(Path(folder), kind, size * steps)
     trainer = timed_trainer(system, kind, Path(folder), options, rows)
+    counts = count_tokens(trainer) if mean is None else []
     seconds, peak = measure(trainer, warm)
     samples = size * (steps - warm)
-    line = {"samples_per_second": samples / seconds, "tokens_per_second": mean * samples / seconds, "peak_memory_gb": peak}
+    tokens = sum(counts[warm:]) if mean is None else mean * samples
+    line = {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds, "peak_memory_gb": peak}
     print("RESULT " + json.dumps(line))
 
 

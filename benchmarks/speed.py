@@ -7,6 +7,9 @@
     python benchmarks/workload.py small --size small --rows 256   # the same on a CPU, in minutes
     python benchmarks/speed.py small --out speed --device cpu
 
+    python benchmarks/real_rows.py story --model stories260K --rows alpaca.json     # real weights and rows, on a CPU
+    python benchmarks/speed.py story --out speed --device cpu --real
+
 Writes results.json, table.txt and speed.svg. Speeds count real tokens (nothing of padding) and the second half of ours' steps,
 the steps after warm-up of the peers'; what train.py does besides training (callbacks, metrics, data loading) is in ours.
 Peaks are allocated memory of the whole run. A peer that is not installed is listed with its error.
@@ -144,6 +147,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what workload.py wrote")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    parser.add_argument("--real", action="store_true", help="FOLDER is real_rows.py's")
     parser.add_argument("--only", help="words that a case must have, as sft+trl; several with commas")
     parser.add_argument("--redraw", action="store_true", help="only draw what results.json in --out holds")
     args = parser.parse_args()
@@ -151,7 +155,7 @@ def main() -> None:
         draw(json.loads((args.out / "results.json").read_text(encoding="utf-8"))["results"], args.out / "speed.svg")
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    cases, results = list(chosen(args.device, args.only)), []
+    cases, results = list(chosen("real" if args.real else args.device, args.only)), []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.kind}: {case.name} ...", flush=True)
         results.append(time_case(case, args.folder, args.device, args.out))

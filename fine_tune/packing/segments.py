@@ -139,11 +139,20 @@ def _uses(keys: Tensor) -> Tensor:
 
 
 def _bucket(spans: tuple[Span, ...], device: torch.device) -> list[Bucket]:
-    groups: dict[int, list[Span]] = {}
+    groups: dict[tuple[int, int], list[Span]] = {}
     for span in spans:
         if span.length:
-            groups.setdefault((span.keys - 1).bit_length(), []).append(span)
+            groups.setdefault(_size_class(span.keys, device), []).append(span)
     return [_bucket_of(members, device) for members in groups.values()]
+
+
+def _size_class(length: int, device: torch.device) -> tuple[int, int]:
+    """Put lengths that may share a table into one class: those up to the same power of two, and on a CPU up to the same eighth.
+
+    A GPU wants few launches; on a CPU a launch costs little and every padded cell is computed in earnest.
+    """
+    bits = (length - 1).bit_length()
+    return bits, (length - 1) >> max(0, bits - 3) if device.type == "cpu" else 0
 
 
 def _bucket_of(spans: list[Span], device: torch.device) -> Bucket:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fine_tune.packing.segments import Segments, Span
+from fine_tune.packing.segments import Segments, Span, _size_class
 
 PLAIN = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -160,3 +160,20 @@ def _widths(segments: Segments, gather: torch.Tensor) -> torch.Tensor:
     """Keys of each row: the last token of a sequence is in no other row, and names it."""
     last = {span.start + span.length - 1: span.keys for span in segments.spans}
     return torch.tensor([[last[max(row)]] for row in gather.tolist()])
+
+
+def test_tables_on_a_cpu_are_at_most_a_quarter_wider_than_their_rows() -> None:
+    lengths = [1, 3, 5, 9, 100, 128, 129, 160, 161, 250, 256, 257, 510]
+    wide = {}
+    for gather, slots, _tokens in Segments.of(lengths).buckets():
+        width = gather.shape[1]
+        for row in range(len(gather)):
+            wide[int(((slots // width) == row).sum())] = width
+    assert sorted(wide) == lengths
+    assert all(width <= 1.25 * length for length, width in wide.items())
+    assert (wide[129], wide[161], wide[250]) == (160, 161, 256)
+
+
+def test_a_gpu_gets_one_table_per_power_of_two() -> None:
+    gpu = torch.device("cuda")
+    assert _size_class(129, gpu) == _size_class(256, gpu) != _size_class(257, gpu)
