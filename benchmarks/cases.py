@@ -70,9 +70,11 @@ REAL = (
 CASES = {"gpu": GPU, "cpu": CPU, "real": REAL}
 
 
-def chosen(cases: str, wanted: str | None) -> Iterator[Case]:
-    """Yield the cases of a table whose ``kind`` and name contain one of the comma-separated words of ``wanted``."""
+def chosen(cases: str, wanted: str | None, skipped: str | None = None) -> Iterator[Case]:
+    """Yield the cases whose kind and name contain one of the comma-separated words of ``wanted``, and none of ``skipped``."""
     for case in CASES[cases]:
         label = f"{case.kind} {case.system} {case.name}".lower()
+        if skipped is not None and any(word in label for word in skipped.lower().split(",")):
+            continue
         if wanted is None or any(all(part in label for part in word.lower().split("+")) for word in wanted.split(",")):
             yield case

@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--real", action="store_true", help="FOLDER is real_rows.py's")
+    parser.add_argument("--skip", help="words that no case may have, with commas")
     parser.add_argument("--only", help="words that a case must have, as sft+trl; several with commas")
     parser.add_argument("--redraw", action="store_true", help="only draw what results.json in --out holds")
     args = parser.parse_args()
@@ -155,7 +156,7 @@ def main() -> None:
         draw(json.loads((args.out / "results.json").read_text(encoding="utf-8"))["results"], args.out / "speed.svg")
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    cases, results = list(chosen("real" if args.real else args.device, args.only)), []
+    cases, results = list(chosen("real" if args.real else args.device, args.only, args.skip)), []
     for number, case in enumerate(cases, 1):
         print(f"[{number}/{len(cases)}] {case.kind}: {case.name} ...", flush=True)
         results.append(time_case(case, args.folder, args.device, args.out))

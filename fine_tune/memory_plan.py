@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ import torch
 from fine_tune.device import DTYPES, DevicePlan
 from fine_tune.memory.choice import USABLE, Choice, choose
 from fine_tune.memory.estimate import Footprint, Step, Stored, Trained, footprint
-from fine_tune.memory.shape import ModelShape, read_shape
+from fine_tune.memory.shape import ModelShape, UnknownShape, read_shape
 from fine_tune.models.execution import Execution
-from fine_tune.speed import AMPERE, chosen_execution, speeds_for
+from fine_tune.speed import chosen_execution, speeds_for
 
 AUTO = "auto"
 # What a CPU takes, and what any device takes whose memory cannot be planned.
 DEFAULT_TOKENS = 4096
 # Optimizer state on the device, in bytes per weight; paged states are where the driver puts them.
 STATE_BYTES = {"AdamW": 8, "PagedAdamW32bit": 0, "PagedAdamW8bit": 0}
+# Where a limit counts those pages in, they are planned as if they stayed on the device.
+PAGED_BYTES = {"PagedAdamW32bit": 8, "PagedAdamW8bit": 2}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class MemoryPlan:
         execution: What it stands for, the config's own keys included.
         tokens: Most tokens of a micro-batch.
         footprint: Bytes at the peak; None on a CPU, and where the model's shape cannot be read.
-        free: Bytes that were free on the device, None on a CPU.
+        free: Bytes that were free on the device; None on a CPU, and without a footprint.
+        unknown: Why a GPU's memory could not be planned; None where it was, and on a CPU.
     """
 
     speed: str
@@ -54,6 +57,7 @@ class MemoryPlan:
     tokens: int
     footprint: Footprint | None = None
     free: int | None = None
+    unknown: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -62,10 +66,13 @@ class MemoryPlan:
 
     def describe(self) -> list[str]:
         """Say what was planned, and where it may not fit; nothing where there was nothing to plan."""
+        chosen = f"trainer.speed={self.speed}, {self.tokens:,} tokens per forward"
+        if self.unknown is not None:
+            return [f"memory: no estimate for this model ({self.unknown}): {chosen}"]
         if self.footprint is None or self.free is None:
             return []
         peak, free = self.footprint.total / 1e9, self.free / 1e9
-        lines = [f"memory: trainer.speed={self.speed}, {self.tokens:,} tokens per forward, about {peak:.1f} of {free:.1f} GB"]
+        lines = [f"memory: {chosen}, about {peak:.1f} of {free:.1f} GB"]
         if not self.fits:
             lines.append("note: this may not fit. Lower data.max_seq_len or method.rank, or use method=qlora.")
         return lines
@@ -76,7 +83,7 @@ class MemoryPlan:
 
 
 def plan_memory(
-    cfg: Mapping[str, Any], device: DevicePlan, folder: Path, samples: Samples, *, card: int | None = None
+    cfg: Mapping[str, Any], device: DevicePlan, folder: Path, samples: Samples, *, card: int | None = None, held: int = 0
 ) -> MemoryPlan:
     """Settle ``trainer.speed`` and ``trainer.micro_batch_tokens`` where they are ``auto``, and estimate the peak.
 
@@ -85,18 +92,22 @@ def plan_memory(
         device: Where it will run.
         folder: The model's folder.
         samples: What the data asks for.
-        card: Bytes of a card of Ampere's generation or later that is not here, to plan for it.
+        card: Bytes of a card that is not here (``device`` is absent), to plan for it.
+        held: Bytes that are taken and will be the run's.
     """
     trainer = cfg["trainer"]
     fixed = None if trainer["micro_batch_tokens"] == AUTO else trainer["micro_batch_tokens"]
-    usual = AMPERE if card is not None else speeds_for(device)
-    names = usual if trainer["speed"] == AUTO else (trainer["speed"],)
+    suited = speeds_for(device)
+    names = suited if trainer["speed"] == AUTO else (trainer["speed"],)
     speeds = {name: chosen_execution({**trainer, "speed": name}) for name in names}
-    cuda = device.device.type == "cuda"
-    shape = read_shape(folder, trust_remote_code=cfg["model"]["trust_remote_code"]) if cuda else None
-    if shape is None:
-        return MemoryPlan(names[0], speeds[names[0]], fixed or max(DEFAULT_TOKENS, samples.longest))
-    free = card if card is not None else free_memory(device)
+    usual = MemoryPlan(names[0], speeds[names[0]], fixed or max(DEFAULT_TOKENS, samples.longest))
+    if device.device.type != "cuda":
+        return usual
+    try:
+        shape = read_shape(folder, trust_remote_code=cfg["model"]["trust_remote_code"])
+    except UnknownShape as error:
+        return replace(usual, unknown=str(error))
+    free = card if card is not None else free_memory(device) + held
     estimate = Estimator.of(cfg, shape, device)
     chosen: Choice = choose(
         speeds, estimate, budget=USABLE * free, longest=samples.longest, per_step=samples.per_step, fixed=fixed
@@ -108,12 +119,15 @@ def free_memory(plan: DevicePlan) -> int:
     """Bytes that tensors could take now: what no process has, and what this one holds without using it.
 
     Several processes must choose alike without asking each other: they take the smallest card of the machine, as if empty.
+    A limit of the run leaves what it does not have in use.
     """
+    limits = [] if plan.limit is None else [plan.limit]
     if plan.num_ranks > 1:
         cards = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-        return int(min(cards))
+        return int(min(cards + limits))
     free, _ = torch.cuda.mem_get_info(plan.device)
-    return int(free + torch.cuda.memory_reserved(plan.device) - torch.cuda.memory_allocated(plan.device))
+    used = torch.cuda.memory_allocated(plan.device)
+    return int(min([free + torch.cuda.memory_reserved(plan.device), *limits]) - used)
 
 
 @dataclass(frozen=True)
@@ -127,29 +141,37 @@ class Estimator:
     double_quant: bool
     trained: Trained
     head_rows: int
+    copies_heads: bool = False
+    casts_head: bool = False
 
     @classmethod
     def of(cls, cfg: Mapping[str, Any], shape: ModelShape, device: DevicePlan) -> Estimator:
         """Take what decides memory from a config."""
         method, everything = cfg["method"], cfg["method"]["trains"] == "all"
         adapted = () if everything else tuple(one for one in shape.linears if _adapts(method["target_modules"], one.name))
+        optimizer = cfg["optim"]["_target_"].rpartition(".")[2]
+        paged = PAGED_BYTES.get(optimizer, 0) if cfg["trainer"]["memory_limit_gb"] is not None else 0
+        dtype, half = DTYPES[cfg["model"]["dtype"]], device.compute_dtype.itemsize == 2
         trained = Trained(
             rank=0 if everything else method["rank"],
             layers=adapted,
             dropout=bool(method["dropout"]),
-            state_bytes=STATE_BYTES.get(cfg["optim"]["_target_"].rpartition(".")[2], 8),
+            state_bytes=STATE_BYTES.get(optimizer, 8) + paged,
             num_copies=_reference_copies(cfg),
             everything=everything,
         )
         return cls(
-            shape, method["bits"], DTYPES[cfg["model"]["dtype"]].itemsize, device.compute_dtype.itemsize,
+            shape, method["bits"], dtype.itemsize, device.compute_dtype.itemsize,
             method["double_quant"], trained, cfg["objective"]["head_chunk_tokens"],
+            copies_heads=device.device.type == "cuda" and not (half and device.is_ampere),
+            casts_head=dtype != device.compute_dtype,
         )  # fmt: skip
 
     def __call__(self, execution: Execution, tokens: int) -> Footprint:
         """Estimate the peak of a step with micro-batches of ``tokens``."""
         stored = Stored(self.bits, self.value_bytes, self.double_quant, execution.dense_base)
-        return footprint(self.shape, stored, self.trained, execution, Step(tokens, self.compute_bytes, self.head_rows))
+        step = Step(tokens, self.compute_bytes, self.head_rows, self.copies_heads, self.casts_head)
+        return footprint(self.shape, stored, self.trained, execution, step)
 
 
 def _reference_copies(cfg: Mapping[str, Any]) -> int:

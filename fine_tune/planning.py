@@ -13,12 +13,12 @@ import torch
 
 from fine_tune import assembly
 from fine_tune.data.module import PackedDataModule, StepDataset
-from fine_tune.device import DevicePlan, plan_device
+from fine_tune.device import DEVICE_KEYS, GB, DevicePlan, plan_absent, plan_device
 from fine_tune.errors import ConfigError, MemoryExhausted
 from fine_tune.fitting import build_module
 from fine_tune.memory.choice import USABLE, choose
 from fine_tune.memory.estimate import Footprint
-from fine_tune.memory.shape import ModelShape, read_shape
+from fine_tune.memory.shape import ModelShape, UnknownShape, read_shape
 from fine_tune.memory_plan import Estimator, MemoryPlan, plan_memory
 from fine_tune.models.adapter import trainable
 from fine_tune.models.execution import prepare_layers
@@ -57,6 +57,7 @@ class Planned:
         peak: The footprint of that step; None where the model's shape cannot be read.
         speeds: Per speed the most tokens that fit, and their footprint; empty on a CPU.
         rehearsal: What was measured.
+        unknown: Why there is no ``peak``.
     """
 
     cfg: Mapping[str, Any]
@@ -66,6 +67,7 @@ class Planned:
     peak: Footprint | None
     speeds: Mapping[str, tuple[int, Footprint, bool]]
     rehearsal: Rehearsal | None = None
+    unknown: str | None = None
 
 
 def plan_run(cfg: Mapping[str, Any], *, card_gb: float | None, rehearse: bool) -> Planned:
@@ -92,27 +94,37 @@ def plan_run(cfg: Mapping[str, Any], *, card_gb: float | None, rehearse: bool) -
     cfg = {**cfg, "trainer": chosen.settled(cfg["trainer"])}
     plan_steps(cfg, data, num_ranks=device.num_ranks)
     fullest = _fullest(data)
-    shape = read_shape(folder, trust_remote_code=model["trust_remote_code"])
+    shape, unknown = _shape(folder, trust_remote_code=model["trust_remote_code"])
     peak = None if shape is None else Estimator.of(cfg, shape, device)(chosen.execution, fullest[1])
     name = f"a card of {card_gb:g} GB" if card_gb is not None else device.describe()
-    found = Planned(cfg, name, chosen, fullest, peak, _speeds(cfg, shape, device, chosen, samples.longest))
+    speeds = _speeds(cfg, shape, device, chosen, samples.longest)
+    found = Planned(cfg, name, chosen, fullest, peak, speeds, unknown=unknown)
     if not rehearse:
         return found
     try:
         return replace(found, rehearsal=_rehearse(cfg, device, folder, tokenizer, template.sha256, data, fullest[0]))
     except torch.OutOfMemoryError as error:
-        predicted = "no estimate" if peak is None else f"predicted {peak.total / 1e9:.2f} GB"
+        predicted = f"no estimate: {unknown}" if peak is None else f"predicted {peak.total / 1e9:.2f} GB"
         raise MemoryExhausted(
             f"rehearsal: {name} ran out of memory ({predicted}). Lower trainer.micro_batch_tokens, or set trainer.speed=lean."
         ) from error
 
 
+def _shape(folder: Path, *, trust_remote_code: bool) -> tuple[ModelShape | None, str | None]:
+    """Read a model's shape, or why there is none: a step can be rehearsed without."""
+    try:
+        return read_shape(folder, trust_remote_code=trust_remote_code), None
+    except UnknownShape as error:
+        return None, str(error)
+
+
 def _device(cfg: Mapping[str, Any], card_gb: float | None) -> tuple[DevicePlan, int | None]:
     trainer = cfg["trainer"]
     if card_gb is None:
-        return plan_device(**{key: trainer[key] for key in ("accelerator", "devices", "num_nodes", "precision")}), None
-    precision = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
-    return DevicePlan(torch.device("cuda", 0), "gpu", precision, 1, 0), int(card_gb * 1e9)
+        return plan_device(**{key: trainer[key] for key in DEVICE_KEYS}), None
+    # A limit is one of the tensors on it, as the card's size is.
+    sizes = [size for size in (card_gb, trainer["memory_limit_gb"]) if size is not None]
+    return plan_absent(precision=trainer["precision"], capability=trainer["capability"]), int(min(sizes) * GB)
 
 
 def _fullest(data: PackedDataModule) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from fine_tune.memory.estimate import Footprint
 from fine_tune.planning import Planned
+from fine_tune.report.visible import visible
 
 PARTS = (
     ("base", "the base as it is stored"),
@@ -24,7 +25,10 @@ def render(found: Planned) -> RenderableType:
     names = ", ".join(cfg[group]["name"] for group in ("model", "method", "objective"))
     head = f"{names} on {found.device}: trainer.speed={chosen.speed} trainer.micro_batch_tokens={chosen.tokens}"
     rows: list[RenderableType] = [Text(head, style="bold")]
-    rows += [_parts(found, found.peak)] if found.peak is not None else [Text("This model's shape cannot be read: no estimate.")]
+    if found.peak is not None:
+        rows.append(_parts(found, found.peak))
+    else:
+        rows.append(Text(visible(f"memory: no estimate for this model ({found.unknown})")))
     if found.speeds:
         rows.append(_speeds(found))
     if found.rehearsal is not None:

@@ -17,6 +17,7 @@ KEYS = (
 # Further figures, in every summary as well; null where they do not apply.
 FURTHER = (
     "base_mean_completion_tokens", "initial_exact_match", "initial_mean_completion_tokens", "reward_margin", "kl", "loss_unit",
+    "host_paged_gb", "memory_limit_gb",
 )  # fmt: skip
 # Rows of the terminal table: label, key, and how to print the value.
 ROWS = (
@@ -39,6 +40,8 @@ ROWS = (
     ("hardware use (MFU)", "mfu", "{:.1%}"),
     ("peak memory", "peak_memory_gb", "{:.2f} GB"),
     ("reserved memory", "reserved_memory_gb", "{:.2f} GB"),
+    ("paged optimizer state", "host_paged_gb", "{:.2f} GB"),
+    ("memory limit", "memory_limit_gb", "{:.2f} GB"),
     ("training time", "train_seconds", "{:.1f} s"),
     ("wall time", "wall_seconds", "{:.1f} s"),
 )

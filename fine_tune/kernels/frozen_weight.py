@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fine_tune.kernels.capability import is_ampere
+
 DENSE = "dense"
 
 
@@ -62,8 +64,8 @@ def dense(parts: list[Tensor], layout: str, shape: tuple[int, int], dtype: torch
 
 
 def _triton_serves(out: Tensor, block: int) -> bool:
-    """Our kernel is made for blocks of 64 in half precision; whatever else there is goes to bitsandbytes."""
-    if not (out.is_cuda and block == 64 and out.shape[1] % 64 == 0) or out.dtype not in (torch.bfloat16, torch.float16):
+    """Our kernel is made for blocks of 64 in half precision, and Triton for Ampere; all else goes to bitsandbytes."""
+    if not (is_ampere(out.device) and block == 64 and out.shape[1] % 64 == 0) or out.dtype not in (torch.bfloat16, torch.float16):
         return False
     return has_triton()
 

@@ -53,7 +53,8 @@ def segment_attention(
 
     Shapes: q ``[T, Hq, D]``, k and v ``[T, Hkv, D]``; the result is ``[T, Hq, D]``.
     """
-    out, repeats = torch.zeros_like(q), q.shape[1] // k.shape[1]
+    # Laid out as the fake below says, whatever the queries' own layout: head by head where a part of each head is rotated.
+    out, repeats = torch.zeros_like(q, memory_format=torch.contiguous_format), q.shape[1] // k.shape[1]
     for segment in _segments(cu_seqlens, cu_keys, key_index):
         keys, values = (_heads(x, segment.keys, repeats) for x in (k, v))
         weights = _probabilities(_heads(q, segment.queries), keys, scale, window)

@@ -7,6 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Logits that exist at a time, whatever the vocabulary: 1,048 rows of 32,000 words, 220 of 152,000.
+MOST_LOGITS = 1 << 25
+# Fewer rows than these would leave the product with the head's weight waiting for that weight.
+FEWEST_ROWS = 64
+
 
 def token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, chunk_tokens: int = 1024
@@ -21,7 +26,7 @@ def token_logps(
         weight: Head weight, ``[V, H]``. May be frozen or trained.
         targets: Token ids, ``[N]``, int64.
         bias: Head bias, ``[V]``, or None.
-        chunk_tokens: Rows of logits that exist at a time.
+        chunk_tokens: Rows of logits that exist at a time, at most; fewer where the vocabulary is large.
 
     Returns:
         Natural-log probabilities, ``[N]``, in float32 or wider: the log-sum-exp never runs in half precision.
@@ -45,8 +50,19 @@ def token_logps(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens}: must be >= 1. Set objective.head_chunk_tokens.")
     compute = _compute_dtype(hidden)
-    scores: Tensor = _ChunkedHead.apply(hidden, weight, bias, targets, chunk_tokens, compute)  # type: ignore[no-untyped-call]
+    rows = rows_at_a_time(chunk_tokens, weight.shape[0])
+    scores: Tensor = _ChunkedHead.apply(hidden, weight, bias, targets, rows, compute)  # type: ignore[no-untyped-call]
     return scores
+
+
+def rows_at_a_time(chunk_tokens: int, vocabulary: int) -> int:
+    """Return how many rows of logits exist at a time: ``chunk_tokens``, or what a large vocabulary leaves of them.
+
+    Example:
+        >>> rows_at_a_time(1024, 32_000), rows_at_a_time(1024, 152_064), rows_at_a_time(16, 152_064)
+        (1024, 220, 16)
+    """
+    return min(chunk_tokens, max(FEWEST_ROWS, MOST_LOGITS // vocabulary))
 
 
 def log_softmax_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

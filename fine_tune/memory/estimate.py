@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from fine_tune.losses.logps import rows_at_a_time
 from fine_tune.memory.shape import LinearShape, ModelShape
 from fine_tune.models.execution import Execution
 
@@ -18,6 +19,9 @@ INPUTS_UNDER_WAY = 3
 # Bytes per value of the residual stream that a layer's uncompiled norms and rotary embeddings keep besides, by the bytes of
 # a computed value: norms of half precision keep copies in float32 (measured).
 EAGER_EXTRA = {2: 10, 4: 7}
+# Attention without a kernel for sequences of any length copies queries, keys, values and its result into rows of like length,
+# keys and values once per query head; padding included, which is under half of each row.
+COPIED_HEADS = 4 * 1.4
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,21 @@ class Trained:
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch: its tokens, bytes of a computed value, and rows of the head at a time."""
+    """One micro-batch.
+
+    Attributes:
+        tokens: Its size.
+        compute_bytes: Of a computed value.
+        head_rows: Rows of logits at a time.
+        copies_heads: Attention copies what it reads, as it does where flash attention is missing.
+        casts_head: The head is stored in another dtype than it is multiplied in, so there is a copy of it.
+    """
 
     tokens: int
     compute_bytes: int
     head_rows: int
+    copies_heads: bool = False
+    casts_head: bool = False
 
 
 @dataclass(frozen=True)
@@ -127,7 +141,8 @@ def _everything(shape: ModelShape, stored: Stored, trained: Trained, execution: 
     eager = 0 if execution.compile else EAGER_EXTRA.get(step.compute_bytes, 14) * shape.hidden
     # One byte for each value that may be dropped.
     masks = sum(one.in_features for one in trained.layers) if trained.dropout else 0
-    return values * step.compute_bytes + eager + masks + _attention_sums(shape)
+    copies = round(COPIED_HEADS * shape.attention) * step.compute_bytes if step.copies_heads else 0
+    return values * step.compute_bytes + eager + masks + copies + _attention_sums(shape)
 
 
 def _selected(shape: ModelShape, stored: Stored, trained: Trained, execution: Execution, step: Step) -> int:
@@ -161,9 +176,10 @@ def _backward_of_a_layer(shape: ModelShape, stored: Stored, trained: Trained, ex
 
 def _head(shape: ModelShape, step: Step) -> int:
     """Bytes that the output head works with: a chunk of logits, its copy, and rows of the residual stream."""
-    rows = min(step.head_rows, step.tokens)
+    rows = min(rows_at_a_time(step.head_rows, shape.vocabulary), step.tokens)
     logits = rows * shape.vocabulary * (4 + 2 * step.compute_bytes)
-    return logits + 3 * step.tokens * shape.hidden * step.compute_bytes
+    cast = shape.vocabulary * shape.hidden * step.compute_bytes if step.casts_head else 0
+    return cast + logits + 3 * step.tokens * shape.hidden * step.compute_bytes
 
 
 def _outputs(linears: tuple[LinearShape, ...]) -> int:

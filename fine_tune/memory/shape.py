@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 PROBE_TOKENS = 4
+# Characters of another library's message.
+MAX_SAID = 120
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,16 @@ class ModelShape:
         return self.num_layers * sum(one.in_features * one.out_features for one in self.linears)
 
 
-def read_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape | None:
-    """Read a model's shape from its folder; None for one that does not run without weights, such as a mixture of experts."""
+class UnknownShape(Exception):
+    """A model's shape cannot be read; the message says why, to stand in brackets."""
+
+
+def read_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape:
+    """Read a model's shape from its folder.
+
+    Raises:
+        UnknownShape: It does not run without weights, or is built otherwise, such as a mixture of experts.
+    """
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     try:
         with torch.device("meta"):
@@ -60,22 +70,30 @@ def read_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape |
                 config, trust_remote_code=trust_remote_code, attn_implementation="eager", dtype=torch.bfloat16
             )
         return shape_of(model)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError, ImportError):
+    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError, ImportError) as error:
         # Whatever a model does that has no meaning without values; nobody's weights are at stake here.
-        return None
+        said = next(iter(str(error).strip().splitlines()), "")
+        raise UnknownShape(f"it does not run without weights: {type(error).__name__}: {said[:MAX_SAID]}") from error
 
 
-def shape_of(model: PreTrainedModel) -> ModelShape | None:
-    """Read the shape of a model on the meta device by running a few tokens through it."""
+def shape_of(model: PreTrainedModel) -> ModelShape:
+    """Read the shape of a model on the meta device by running a few tokens through it.
+
+    Raises:
+        UnknownShape: Its layers are not found, differ in size, or multiply by other weights than those of linear layers.
+    """
     groups = [child for child in getattr(model, model.base_model_prefix).children() if isinstance(child, nn.ModuleList)]
     layers = [layer for group in groups for layer in group]
-    if not layers or any(_num_weights(layer) != _num_weights(layers[0]) for layer in layers):
-        return None
+    name = type(model).__name__
+    if not layers:
+        raise UnknownShape(f"the layers of {name} are not where other models have theirs")
+    if any(_num_weights(layer) != _num_weights(layers[0]) for layer in layers):
+        raise UnknownShape(f"the layers of {name} are not all of one size")
     linears = _linears(model, layers[0])
     matrices = sum(weight.numel() for weight in layers[0].parameters() if weight.ndim > 1)
     if not linears or matrices != sum(one.in_features * one.out_features for one in linears):
         # Experts, or whatever else multiplies without being a linear layer that ran.
-        return None
+        raise UnknownShape(f"the layers of {name} hold experts or other weights that are no linear layers")
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     inside = len(layers) * sum(one.in_features * one.out_features for one in linears)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from fine_tune.kernels.capability import is_ampere
 from fine_tune.kernels.segment_attention import segment_attention
 from fine_tune.kernels.shared_rows import gather_rows
 from fine_tune.packing.segments import Segments
@@ -82,7 +83,7 @@ def has_varlen(value: Tensor) -> bool:
     """Tell whether torch's variable-length flash kernel covers these tensors: sm80 or newer, half precision."""
     if not value.is_cuda or value.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return torch.cuda.get_device_capability(value.device) >= (8, 0) and _varlen_parameters() is not None
+    return is_ampere(value.device) and _varlen_parameters() is not None
 
 
 @functools.cache
@@ -131,6 +132,8 @@ def _bucketed(
 ) -> Tensor:
     """Batch segments of similar length; right padding is invisible to causal attention, so no mask is needed."""
     out = torch.zeros_like(q)
+    if _repeats_heads(q):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     for gather, slots, tokens in segments.buckets():
         mask = None if window is None else _band(gather.shape[1], window, q.device)
         rows = F.scaled_dot_product_attention(
@@ -144,6 +147,11 @@ def _bucketed(
         )
         out = out.index_copy(0, tokens, rows.transpose(1, 2).flatten(0, 1)[slots])
     return out
+
+
+def _repeats_heads(q: Tensor) -> bool:
+    """On GPUs without flash attention torch's kernel for little memory knows no grouped heads; the other keeps squares."""
+    return q.is_cuda
 
 
 def _band(width: int, window: int, device: torch.device) -> Tensor:

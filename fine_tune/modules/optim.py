@@ -61,6 +61,12 @@ def build_optimizer(spec: OptimSpec, parameters: Iterable[tuple[str, nn.Paramete
     return spec.build(groups, **options)
 
 
+def paged_bytes(optimizer: Optimizer) -> int:
+    """Count the optimizer state in memory that the driver moves between host and device: no allocator of torch knows it."""
+    tensors = (value for state in optimizer.state.values() for value in state.values())
+    return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
+
+
 def build_schedule(spec: OptimSpec, optimizer: Optimizer, num_steps: int) -> LRScheduler:
     """Make the schedule over the run's optimizer steps.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fine_tune.config import check_config
+from fine_tune.errors import ConfigError
 from fine_tune.rules import select
 
 
@@ -62,11 +63,43 @@ def test_the_recipe_holds_for_any_data_and_optimizer_and_yields_to_typed_values(
         ("phi2_oasst1", "callbacks.preview.every_n_steps", 100),
         ("phi2_oasst1", "trainer.precision", "16-mixed"),
         ("phi2_oasst1", "model.add_tokens", ["<|im_start|>", "<|im_end|>"]),
+        ("llama2_chat_guanaco1k", "method.bits", 4),
+        ("llama2_chat_guanaco1k", "trainer.precision", "16-mixed"),
+        ("llama2_chat_guanaco1k", "trainer.capability", "sm75"),
+        ("llama2_chat_guanaco1k", "trainer.memory_limit_gb", 15),
+        ("llama2_chat_guanaco1k", "model.dtype", "float16"),
+        ("phi2_oasst1", "trainer.capability", "sm75"),
+        ("phi2_oasst1", "trainer.memory_limit_gb", 15),
+        ("phi2_oasst1", "model.dtype", "float16"),
+        ("mistral_instruct", "trainer.memory_limit_gb", 12),
+        ("mistral_instruct", "trainer.capability", None),
+        ("mistral_instruct", "method.bits", 4),
+        ("llama2_oasst1_qlora", "model.dtype", "bfloat16"),
+        ("llama2_oasst1_lora", "method.trains", "adapter"),
     ],
 )
 def test_studies_carry_what_they_state(experiment: str, key: str, stated: object) -> None:
     rows = ["data.path=rows.jsonl"] if experiment in ("llama2_instruct_22k", "mistral_instruct") else []
     assert value(key, f"experiment={experiment}", *rows) == stated
+
+
+@pytest.mark.parametrize("trainer", ["t4", "rtx3060"])
+def test_a_small_card_is_one_word(trainer: str) -> None:
+    cfg = check_config([f"trainer={trainer}"]).cfg["trainer"]
+    assert (cfg["accelerator"], cfg["precision"], cfg["devices"]) == ("gpu", "16-mixed", 1)
+    assert (cfg["capability"], cfg["memory_limit_gb"]) == {"t4": ("sm75", 15), "rtx3060": (None, 12)}[trainer]
+
+
+def test_a_t4_refuses_bfloat16_with_what_to_write_instead() -> None:
+    for words, wanted in (
+        (["model=llama2_7b"], "model.dtype = bfloat16: trainer.capability=sm75 has no bf16. Pass model.dtype=float16."),
+        (["trainer.precision=bf16-mixed"], "trainer.precision = bf16-mixed: trainer.capability=sm75 has no bf16."),
+    ):
+        with pytest.raises(ConfigError) as refused:
+            check_config(["trainer=t4", *words])
+        assert any(problem.startswith(wanted) for problem in refused.value.problems)
+    assert value("model.dtype", "trainer=t4", "model=llama2_7b", "model.dtype=float16") == "float16"
+    assert value("model.dtype", "trainer=rtx3060", "model=llama2_7b") == "bfloat16"
 
 
 def test_qlora_and_lora_studies_differ_in_the_method_alone() -> None:

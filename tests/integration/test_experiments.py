@@ -94,7 +94,7 @@ def two_steps(name: str, model: Path, folder: Path, *, run_name: str) -> tuple[d
     summary = fine_tune.train(
         [
             f"experiment={name}", f"model.path={model}", "model.dtype=float32", f"data.path={rows}",
-            f"data.cache_dir={folder / 'cache'}", "trainer.accelerator=cpu", "trainer.precision=auto", "trainer.max_steps=2",
+            f"data.cache_dir={folder / 'cache'}", "trainer=cpu", "trainer.max_steps=2",
             "optim.global_batch_size=4", "callbacks.preview.max_new_tokens=4", "data.max_new_tokens=4",
             f"run_name={run_name}", *(["model.end_of_turn=null"] if cfg["model"]["end_of_turn"] else []),
         ]

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from fine_tune import memory_plan, planning
 from fine_tune.cli.plan import main
+from fine_tune.memory.shape import UnknownShape
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -47,6 +49,22 @@ def test_what_does_not_fit_has_its_exit_code(capsys: pytest.CaptureFixture[str])
     assert found["chosen"]["speed"] == "lean"
 
 
+def test_a_model_without_an_estimate_says_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(folder: Path, *, trust_remote_code: bool = False) -> Any:
+        raise UnknownShape("it has \x1b[31mexperts")
+
+    monkeypatch.setattr(planning, "read_shape", unknown)
+    monkeypatch.setattr(memory_plan, "read_shape", unknown)
+    assert main(["card_gb=24"]) == 0
+    assert r"no estimate for this model (it has \x1b[31mexperts)" in " ".join(capsys.readouterr().out.split())
+    found = planned(capsys, "card_gb=24")
+    assert (found["peak"], found["speeds"]) == (None, {})
+    assert found["unknown"] == found["chosen"]["unknown"] == "it has \x1b[31mexperts"
+    assert planned(capsys, "trainer=cpu")["chosen"]["unknown"] is None
+
+
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_rehearsal_runs_the_fullest_step(capsys: pytest.CaptureFixture[str], objective: str) -> None:
     assert main([f"objective={objective}", "trainer=cpu", "rehearse=true"]) == 0
@@ -61,8 +79,10 @@ def test_mistakes_are_told_together(capsys: pytest.CaptureFixture[str]) -> None:
     assert "card_gb=-1: must be a number above 0" in told
     assert "rehearse=maybe: must be true or false" in told
     assert "Did you mean optim.lr" in told
-    assert main(["card_gb=24", "rehearse=true"]) == 2
-    assert "Leave card_gb out" in capsys.readouterr().err
+    assert main(["card_gb=24", "rehearse=true", "optim.lrr=1"]) == 2
+    told = capsys.readouterr().err
+    assert "2 problem(s)" in told
+    assert "Leave card_gb out" in told
 
 
 def test_a_run_keeps_what_was_settled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

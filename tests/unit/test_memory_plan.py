@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, MixtralConfig
 
-from fine_tune import memory_plan
+from fine_tune import memory_plan, planning
 from fine_tune.config import check_config
 from fine_tune.device import DevicePlan
-from fine_tune.memory_plan import DEFAULT_TOKENS, MemoryPlan, Samples, free_memory, plan_memory
+from fine_tune.kernels.capability import use_at_most
+from fine_tune.memory.shape import read_shape
+from fine_tune.memory_plan import DEFAULT_TOKENS, Estimator, MemoryPlan, Samples, free_memory, plan_memory
+from fine_tune.models.execution import Execution
 from fine_tune.speed import SPEEDS
 
 CPU = DevicePlan(torch.device("cpu"), "cpu", "32-true", 1, 0)
@@ -31,10 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def card(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DevicePlan]:
     """A card of so many GB."""
 
-    def of(size: float, *, capability: tuple[int, int] = (9, 0)) -> DevicePlan:
+    def of(size: float, *, capability: tuple[int, int] = (9, 0), precision: str = "bf16-mixed") -> DevicePlan:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(memory_plan, "free_memory", lambda plan: int(size * 1e9))
-        return DevicePlan(torch.device("cuda", 0), "gpu", "bf16-mixed", 1, 0)
+        return DevicePlan(torch.device("cuda", 0), "gpu", precision, 1, 0)
 
     return of
 
@@ -116,9 +121,63 @@ def test_a_live_reference_from_an_adapter_is_a_copy_of_it(folder: Path, card: Ca
 
 
 def test_an_older_card_runs_plain(folder: Path, card: Callable[..., DevicePlan]) -> None:
-    found = plan_memory(config("trainer.precision=16-mixed"), card(16, capability=(7, 5)), folder, ROWS)
-    assert found.speed == "plain"
-    assert 1024 <= found.tokens < 2048
+    plan = card(16, capability=(7, 5), precision="16-mixed")
+    found = plan_memory(config("trainer.precision=16-mixed", "model.dtype=float16"), plan, folder, ROWS)
+    assert (found.speed, found.tokens, found.fits) == ("plain", 1024, True)
+    recomputed = plan_memory(config("trainer=t4", "model.dtype=float16"), plan, folder, ROWS)
+    assert (recomputed.speed, recomputed.tokens, recomputed.fits) == ("plain", 8192, True)
+    assert recomputed.execution == Execution("full")
+
+
+def test_a_paged_optimizers_state_counts_where_there_is_a_limit(folder: Path, card: Callable[..., DevicePlan]) -> None:
+    trained = []
+    for words in ([], ["trainer.memory_limit_gb=30"], ["trainer.memory_limit_gb=30", "optim=paged_adamw_8bit"]):
+        found = plan_memory(config("optim=paged_adamw_32bit", *words), card(84.5), folder, ROWS)
+        assert found.footprint is not None
+        trained.append(found.footprint.trained // 159_907_840)
+    assert trained == [8, 16, 10]
+
+
+def test_a_limit_is_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gb = 10**9
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * gb, 80 * gb))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 6 * gb)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * gb)
+    plan = DevicePlan(torch.device("cuda", 0), "gpu", "bf16-mixed", 1, 0)
+    assert [free_memory(replace(plan, limit=limit)) // gb for limit in (None, 15 * gb, 100 * gb)] == [71, 10, 71]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=80 * gb))
+    several = replace(plan, num_ranks=2, limit=15 * gb)
+    assert free_memory(several) == 15 * gb
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "speed", "tokens"),
+    [
+        (["trainer=t4", "model.dtype=float16"], 80, "plain", 8192),
+        (["trainer=t4", "model.dtype=float16", "trainer.recompute=null"], 80, "plain", 1024),
+        (["trainer=rtx3060"], 80, "lean", 8192),
+        ([], 80, "balanced", 8192),
+    ],
+)
+def test_a_card_that_is_not_here_is_planned_as_the_trainer_says(
+    words: list[str], size: int, speed: str, tokens: int, folder: Path
+) -> None:
+    cfg = config(*words, "trainer.accelerator=gpu")
+    device, bytes_of_card = planning._device(cfg, size)
+    assert device.absent
+    assert bytes_of_card == min(size, cfg["trainer"]["memory_limit_gb"] or size) * 10**9
+    found = plan_memory(cfg, device, folder, ROWS, card=bytes_of_card)
+    assert (found.speed, found.tokens) == (speed, tokens)
+    use_at_most(None)
+
+
+def test_a_head_that_is_cast_is_planned(folder: Path, card: Callable[..., DevicePlan]) -> None:
+    plan, words = card(84.5, precision="16-mixed"), ["trainer.precision=16-mixed"]
+    for dtype, casts in (("bfloat16", True), ("float16", False)):
+        assert Estimator.of(config(*words, f"model.dtype={dtype}"), read_shape(folder), plan).casts_head is casts
+    assert Estimator.of(config(), read_shape(folder), card(84.5)).copies_heads is False
+    assert Estimator.of(config(), read_shape(folder), card(84.5, precision="32-true")).copies_heads is True
 
 
 def test_a_cpu_takes_what_it_always_took(folder: Path) -> None:
@@ -132,6 +191,14 @@ def test_a_model_without_an_estimate_takes_the_usual(card: Callable[..., DeviceP
     MixtralConfig(**small, num_local_experts=4).save_pretrained(tmp_path)
     found = plan_memory(config(), card(84.5), tmp_path, ROWS)
     assert (found.speed, found.tokens, found.footprint) == ("balanced", DEFAULT_TOKENS, None)
+    assert found.fits
+    [line] = found.describe()
+    assert line.startswith("memory: no estimate for this model (")
+    assert line.endswith("): trainer.speed=balanced, 4,096 tokens per forward")
+    assert found.unknown is not None
+    assert found.unknown in line
+    # On a CPU nothing is estimated for any model, so nothing is missing.
+    assert plan_memory(config(), CPU, tmp_path, ROWS).describe() == []
 
 
 def test_what_was_settled_is_what_a_resumed_run_reads(folder: Path, card: Callable[..., DevicePlan]) -> None:

@@ -134,3 +134,16 @@ def test_the_operation_keeps_torchs_rules(layout: str) -> None:
     bare = [tensor.detach() for tensor in inputs]
     backward = torch.ops.fine_tune.segment_attention_backward.default
     torch.library.opcheck(backward, (torch.ones_like(bare[0]), *bare, *ends, SCALE, 0))
+
+
+def test_results_lie_token_by_token_whatever_the_queries_do() -> None:
+    """A compiled graph goes by the layout that was promised; Phi's queries lie head by head, as parts of heads are rotated."""
+    segments = LAYOUTS["plain"]
+    inputs = heads(segments, 4, 4)
+    strided = tuple(x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_() for x in inputs)
+    assert not strided[0].is_contiguous()
+    found = ours(*strided, segments)
+    assert found.is_contiguous()
+    assert torch.equal(found, ours(*inputs, segments))
+    parts = (segments.cu_seqlens, segments.cu_keys, segments.key_index, SCALE, 0)
+    torch.library.opcheck(segment_attention, (*strided, *parts), test_utils=("test_schema", "test_faketensor"))

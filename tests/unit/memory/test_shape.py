@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PhiConfig, PretrainedConfig, Qwen2Config
 
-from fine_tune.memory.shape import read_shape
+from fine_tune.memory import shape as shape_module
+from fine_tune.memory.shape import UnknownShape, read_shape
 from fine_tune.models.hub import resolve_model
 
 SMALL = {
@@ -42,7 +43,6 @@ def inputs_of(shape: object) -> list[list[str]]:
 def test_a_llama_shares_two_inputs(kind: Any, tied: bool, tmp_path: Path) -> None:
     config = kind(**SMALL, num_key_value_heads=2, tie_word_embeddings=tied)
     shape = read_shape(folder_of(config, tmp_path))
-    assert shape is not None
     assert inputs_of(shape) == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
     assert [one.out_features for one in shape.linears] == [64, 32, 32, 64, 160, 160, 64]
     assert (shape.num_layers, shape.hidden, shape.attention, shape.heads, shape.vocabulary) == (3, 64, 64, 4, 100)
@@ -50,7 +50,6 @@ def test_a_llama_shares_two_inputs(kind: Any, tied: bool, tmp_path: Path) -> Non
 
 def test_phi_reads_one_input_three_times_and_more(tmp_path: Path) -> None:
     shape = read_shape(folder_of(PhiConfig(**SMALL), tmp_path))
-    assert shape is not None
     # Attention and the feed-forward part run side by side, on one normalised input.
     assert inputs_of(shape) == [["q_proj", "k_proj", "v_proj", "fc1"], ["dense"], ["fc2"]]
 
@@ -61,7 +60,6 @@ def test_weights_are_counted_as_a_loaded_model_has_them(kind: Any, tied: bool, t
     config = kind(**SMALL, tie_word_embeddings=tied)
     shape = read_shape(folder_of(config, tmp_path))
     model = AutoModelForCausalLM.from_config(config)
-    assert shape is not None
     inside = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
     assert shape.linear_weights == sum(m.weight.numel() for m in inside)
     assert shape.linear_weights + shape.other == sum(p.numel() for p in model.parameters())
@@ -69,7 +67,6 @@ def test_weights_are_counted_as_a_loaded_model_has_them(kind: Any, tied: bool, t
 
 def test_heads_wider_than_the_stream(tmp_path: Path) -> None:
     shape = read_shape(folder_of(LlamaConfig(**SMALL, head_dim=32), tmp_path))
-    assert shape is not None
     assert shape.attention == 128
     assert [one.in_features for one in shape.linears][3] == 128
 
@@ -77,7 +74,6 @@ def test_heads_wider_than_the_stream(tmp_path: Path) -> None:
 def test_nothing_is_allocated_for_a_shape_of_billions(tmp_path: Path) -> None:
     config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64)
     shape = read_shape(folder_of(config, tmp_path))
-    assert shape is not None
     assert shape.linear_weights > 60e9
     assert torch.get_default_dtype() == torch.float32
 
@@ -87,13 +83,28 @@ def test_a_model_that_does_not_run_without_values_has_no_shape(tmp_path: Path) -
 
     for heads in (2, 8):
         mixed = MixtralConfig(**SMALL, num_local_experts=4, num_key_value_heads=heads)
-        assert read_shape(folder_of(mixed, tmp_path / f"{heads}")) is None, "experts are no linear layers"
+        with pytest.raises(UnknownShape, match=r"MixtralForCausalLM|does not run without weights: "):
+            read_shape(folder_of(mixed, tmp_path / f"{heads}"))
     elsewhere = OPTConfig(hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
-    assert read_shape(folder_of(elsewhere, tmp_path / "opt")) is None, "its layers are not where others have theirs"
+    with pytest.raises(UnknownShape, match=r"^the layers of OPTForCausalLM are not where other models have theirs$"):
+        read_shape(folder_of(elsewhere, tmp_path / "opt"))
+
+
+def test_what_stopped_a_shape_is_told_in_one_short_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def stop(model: Any) -> Any:
+        raise NotImplementedError("no kernel for 'aten::item' " + "x" * 500 + "\nregistered: everything else")
+
+    monkeypatch.setattr(shape_module, "shape_of", stop)
+    with pytest.raises(UnknownShape) as caught:
+        read_shape(folder_of(LlamaConfig(**SMALL), tmp_path))
+    said = str(caught.value)
+    assert said.startswith("it does not run without weights: NotImplementedError: no kernel for 'aten::item' xxx")
+    assert len(said) < 180
+    assert "\n" not in said
+    assert isinstance(caught.value.__cause__, NotImplementedError)
 
 
 def test_the_packaged_model_has_one() -> None:
     folder = resolve_model("builtin:tiny")
     shape = read_shape(folder)
-    assert shape is not None
     assert shape.hidden == json.loads((folder / "config.json").read_text(encoding="utf-8"))["hidden_size"]
