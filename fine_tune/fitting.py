@@ -7,8 +7,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Fitted:
             "trainable_parameters": sum(p.numel() for p in trainable(self.module.network).values()),
             "total_parameters": FlopModel.parameters(self.module.network),
             "skipped_steps": self.module.skipped_steps,
+            "micro_batch_halvings": self.module.replay.num_halvings,
             "device": job.plan.describe(),
             "precision": job.plan.precision,
         }
@@ -148,11 +149,29 @@ def fit(
     if job.finished:
         _restore_counts(job, module, throughput)
     else:
-        trainer.fit(module, datamodule=data)
+        with _start_shared(job, module, metrics, record):
+            trainer.fit(module, datamodule=data)
     step = next(
         (_take_best(saver, module, job.path / "checkpoints") for saver in savers if job.plan.rank == 0), module.step
     )
     return Fitted(module, metrics, throughput, step)
+
+
+@contextmanager
+def _start_shared(job: Job, module: StepModule, metrics: MetricsWriter, record: Mapping[str, Any]) -> Iterator[None]:
+    """Validate a fresh adapter once for all runs that share a base: it adds zeros, whatever its rank and scale."""
+    cfg, kept = job.cfg, job.kept
+    fresh = job.first_step == 0 and cfg["init_from"] is None and not cfg["method"]["use_dora"] and module.has_perplexity
+    if kept is None or not fresh or not assembly.is_shared(cfg):
+        yield
+        return
+    rows = [record[key] for key in ("data_fingerprint", "template_hash", "tokenizer_fingerprint")]
+    ways = [cfg["trainer"]["micro_batch_tokens"], cfg["objective"]["head_chunk_tokens"], cfg["method"]["target_modules"]]
+    key = repr((kept.key, rows, ways, chosen_execution(cfg["trainer"])))
+    module.known_start = kept.starts.get(key)
+    yield
+    if (found := metrics.val_metrics.get(0)) is not None:
+        kept.starts[key] = {name.removeprefix("val/"): value for name, value in found.items()}
 
 
 def build_module(

@@ -39,5 +39,7 @@ class SFTModule(StepModule):
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Add up nats and tokens; the mean is over tokens, not over batches."""
+        if self.start_is_known:
+            return
         logps = supervised_logps(self.network, batch, chunk_tokens=self.head_chunk_tokens)
         self._ratios.add("loss", -logps.double().sum(), torch.tensor(logps.numel()))

@@ -19,6 +19,7 @@ from fine_tune.modules.clock import Stopwatch
 from fine_tune.modules.optim import OptimSpec, build_optimizer, build_schedule, clip_grad_norm
 from fine_tune.modules.parallel import share_start, sum_gradients, sum_scalars
 from fine_tune.modules.ratios import Ratios
+from fine_tune.modules.replay import Replay
 from fine_tune.packing.batches import MicroBatch, StepBatch
 
 
@@ -72,6 +73,8 @@ class StepModule(pl.LightningModule):
         val_metrics: What the latest validation found, ``loss`` among it.
         extra_metrics: Further numbers for this step's line of metrics.
         answerer: Answers prompts with this network, for previews.
+        replay: Does a step again in smaller micro-batches where memory ran out.
+        known_start: What the validation before the first step finds, where it is known already; it is then not computed.
     """
 
     accepts: ClassVar[tuple[str, ...]]
@@ -100,6 +103,8 @@ class StepModule(pl.LightningModule):
         self.extra_metrics: dict[str, float | None] = {}
         self.answerer: Any = None
         self.val_metrics: dict[str, float] = {}
+        self.known_start: dict[str, float] | None = None
+        self.replay = Replay()
         self.step = 0
         self.skipped_steps = 0
         self._skipped_in_row = 0
@@ -147,13 +152,22 @@ class StepModule(pl.LightningModule):
         return batch.to(device, non_blocking=True)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Backward every micro-batch, then clip, update and advance the schedule once."""
+        """Backward every micro-batch, in halves where memory runs out; then clip, update and advance the schedule once."""
         ratios = Ratios(self.metric_names, self.device)
         loss = torch.zeros(1, device=self.device, dtype=torch.float64)
-        for micro in batch.micro_batches:
+
+        def begin() -> None:
+            ratios.sums.zero_()
+            loss.zero_()
+            for parameter in self._trained:
+                parameter.grad = None
+
+        def backward(micro: MicroBatch) -> None:
             share = self.micro_loss(micro, batch, ratios)
             self.manual_backward(share)
-            loss += share.detach()
+            loss.add_(share.detach())
+
+        self.replay.run(batch.micro_batches, begin=begin, backward=backward, device=self.device)
         sum_gradients(self._trained)
         self._done = _Backward(batch, sum_scalars(torch.cat([loss, ratios.sums.flatten()])))
         self._update(batch, ratios)
@@ -229,9 +243,14 @@ class StepModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Publish the means over all validation rows, also to Lightning, for early stopping on any of them."""
-        self.val_metrics = self._ratios.means()
+        self.val_metrics = dict(self.known_start or {}) if self.start_is_known else self._ratios.means()
         for name, value in self.val_metrics.items():
             self.log(f"val/{name}", value, logger=False)
+
+    @property
+    def start_is_known(self) -> bool:
+        """The validation under way is the one before the first step, and its result is known."""
+        return self.known_start is not None and self.step == 0
 
     def validates_after(self, step: int) -> bool:
         """Tell whether a validation follows this optimizer step."""
