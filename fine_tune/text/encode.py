@@ -116,8 +116,17 @@ class Encoder:
                 results.append(plan)
                 continue
             joined = [([i for _ in parts for i in next(ids)], supervised) for parts, supervised in plan]
+            texts = ["".join(span.text for span in parts) for parts, _ in plan]
+            if any(supervised and self._is_lost(text, found) for text, (found, supervised) in zip(texts, joined, strict=True)):
+                name = type(self.tokenizer).__name__
+                results.append(RowRefused("text_without_tokens", f"{name} gives no token for what is to be learned"))
+                continue
             results.append(self._assemble(joined, is_document=isinstance(row, Document)))
         return results
+
+    def _is_lost(self, text: str, ids: Sequence[int]) -> bool:
+        """A tokenizer without an unknown token drops what it has no words for, and says nothing."""
+        return bool(text.replace(self.template.end_of_turn, "").strip()) and not set(ids) - {self.end_of_turn_id}
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a generation prompt: the same ids that training sees before the answer.

@@ -232,3 +232,19 @@ def test_the_fingerprint_of_a_tokenizer_changes_with_what_decides_ids(
     characters(["abc"], truncation=True, max_length=2)
     assert tokenizer_fingerprint(characters) == own
     assert len({own, tokenizer_fingerprint(prefixing), tokenizer_fingerprint(without_bos)}) == 3
+
+
+def test_text_that_the_tokenizer_drops_is_refused() -> None:
+    """A tokenizer without an unknown token gives nothing for what it does not know, and says nothing."""
+    vocabulary = {token: index for index, token in enumerate(["<s>", "</s>", *(chr(code) for code in range(32, 127)), "\n"])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert tokenizer("\u4e00\u4e8c", add_special_tokens=False)["input_ids"] == []
+    encoder = Encoder(tokenizer, template("llama2", tokenizer))
+    lost, found, empty = encoder.encode_many([talk("q", "\u4e00\u4e8c"), talk("q", "a\u4e00"), talk("\u4e00", "a")])
+    assert isinstance(lost, RowRefused)
+    assert lost.reason == "text_without_tokens"
+    # What is learned of the others is there; that a prompt lost its words is for the audit to show.
+    assert not isinstance(found, RowRefused)
+    assert not isinstance(empty, RowRefused)
