@@ -10,24 +10,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from fine_tune.evaluation.held_out import HeldOut
+from fine_tune.evaluation.answers import Completion
 
 
 class Kept:
-    """A frozen base and its held-out answers, for the next run that asks for the same.
+    """A frozen base and its answers, for the next run that asks for the same.
 
     Runs never get the base itself but a copy of its modules over the same tensors: whatever a run does to its modules
     (adapters, compiled calls, switched attention) ends with it, and frozen tensors are only read.
 
     Attributes:
         num_loads: Bases loaded so far.
-        answers: Held-out answers by everything that decides them.
+        answers: What the base answered, by everything that decides it.
+        starts: What the validation before the first step found, by everything that decides it.
         key: Everything that decides the tensors of the base that is kept; None without one.
     """
 
     def __init__(self) -> None:
         self.num_loads = 0
-        self.answers: dict[str, HeldOut] = {}
+        self.answers: dict[str, list[Completion]] = {}
+        self.starts: dict[str, dict[str, float]] = {}
         self.key: Hashable = None
         self._base: nn.Module | None = None
         self._device_bytes = 0

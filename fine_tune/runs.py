@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +18,8 @@ from torch import nn
 from fine_tune import assembly, summary
 from fine_tune.callbacks.progress import progress_bar
 from fine_tune.data.module import PackedDataModule
-from fine_tune.data.prepare import EvalItem, Prepared
-from fine_tune.device import DevicePlan, plan_device
+from fine_tune.data.prepare import Prepared
+from fine_tune.device import DEVICE_KEYS, DevicePlan, plan_device
 from fine_tune.errors import ConfigError, MemoryExhausted
 from fine_tune.evaluation.answers import Answerer
 from fine_tune.evaluation.held_out import HeldOut, evaluate_held_out, read_held_out, write_held_out
@@ -74,10 +72,10 @@ def run(
     started = time.perf_counter()
     quiet_libraries()
     trainer = cfg["trainer"]
-    plan = plan_device(**{key: trainer[key] for key in ("accelerator", "devices", "num_nodes", "precision")})
+    plan = plan_device(**{key: trainer[key] for key in DEVICE_KEYS})
     rich.get_console().quiet = plan.rank > 0
     watcher = watcher or Watcher()
-    with StopSignals() as signals, opened(cfg, plan) as (path, checkpoint), _memory_told(plan), failure_told(path):
+    with StopSignals() as signals, opened(cfg, plan) as (path, checkpoint), failure_told(path), _memory_told(plan):
         watcher.opened(path)
         if earlier := finished_in_sweep(cfg, path):
             return RunResult(earlier, str(path))
@@ -89,8 +87,8 @@ def run(
 
 def _free_earlier(plan: DevicePlan) -> None:
     """Give back what an earlier run of this process, such as a sweep's, has left on the device."""
-    gc.collect()
     if plan.device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -189,7 +187,12 @@ def _answerer(job: Job, network: nn.Module, tokenizer: Any, template: ChatTempla
     """Answer with prompts that leave room for the answer in the model's context."""
     context: int = getattr(network.config, "max_position_embeddings", 2048)
     room = max(1, context - job.cfg["data"]["max_new_tokens"])
-    return Answerer(network, tokenizer, template, max_prompt_tokens=room, precision=job.plan.compute_dtype)
+    answerer = Answerer(network, tokenizer, template, max_prompt_tokens=room, precision=job.plan.compute_dtype)
+    if job.kept is not None and assembly.is_shared(job.cfg):
+        # The base says the same in every run that asks it the same way.
+        answerer.of_base = job.kept.answers
+        answerer.base_key = repr((job.kept.key, template.sha256, chosen_execution(job.cfg["trainer"])))
+    return answerer
 
 
 def _data(job: Job, model_folder: Path, tokenizer: Any, template: ChatTemplate) -> PackedDataModule:
@@ -227,10 +230,6 @@ def _held_out(job: Job, answerer: Answerer, prepared: Prepared, *, who: str) -> 
             return None  # the network is at the checkpoint by now
     started = time.perf_counter()
     rule = settings["answer_rule"]
-    key = _answers_key(job, answerer, items, who)
-    if key and job.kept and key in job.kept.answers:
-        write_held_out(folder, job.kept.answers[key], items, rule=rule, checkpoint=who, started=started)
-        return job.kept.answers[key]
     with progress_bar() as bar:
         task = bar.add_task(f"{who} answers", total=len(items), note="")
         result = evaluate_held_out(
@@ -242,19 +241,7 @@ def _held_out(job: Job, answerer: Answerer, prepared: Prepared, *, who: str) -> 
             progress=lambda count: bar.advance(task, count),
         )
     write_held_out(folder, result, items, rule=rule, checkpoint=who, started=started)
-    if key and job.kept:
-        job.kept.answers[key] = result
     return result
-
-
-def _answers_key(job: Job, answerer: Answerer, items: Sequence[EvalItem], who: str) -> str:
-    """Name everything that decides the answers of a base that is kept; nothing for others, and for what trains."""
-    if who != "base" or job.kept is None or not assembly.is_shared(job.cfg):
-        return ""
-    asked = [[item.id, item.answer, [(turn.role, turn.content) for turn in item.messages]] for item in items]
-    rules = [job.cfg["data"][key] for key in ("answer_rule", "max_new_tokens")]
-    ways = [answerer.template.sha256, answerer.max_prompt_tokens, asdict(chosen_execution(job.cfg["trainer"]))]
-    return hashlib.sha256(json.dumps([job.kept.key, asked, rules, ways]).encode()).hexdigest()
 
 
 def _answers(answers: Mapping[str, HeldOut | None]) -> dict[str, Any]:

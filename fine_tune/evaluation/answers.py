@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +38,8 @@ class Completion:
 class Answerer:
     """Answers to conversations, greedy by default, through the training path's own rendering and encoding.
 
-    ``batch_size`` is in prompts. Prompts longer than ``max_prompt_tokens`` keep their last tokens.
+    ``batch_size`` is in prompts. Prompts longer than ``max_prompt_tokens`` keep their last tokens. ``of_base`` remembers what
+    the base answered without its adapter, under names that begin with ``base_key``, which tells bases and their ways apart.
     """
 
     network: nn.Module
@@ -46,6 +49,8 @@ class Answerer:
     precision: torch.dtype = torch.float32
     batch_size: int = 64
     sampling: Sampling = field(default_factory=Sampling)
+    of_base: MutableMapping[str, list[Completion]] | None = None
+    base_key: str = ""
 
     def answer(
         self,
@@ -69,6 +74,25 @@ class Answerer:
         progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
         """Continue prompts that are encoded already; ``keys`` name them where tokens are drawn."""
+        if not base or self.of_base is None:
+            return self._continued(prompts, max_new_tokens, base=base, keys=keys, progress=progress)
+        asked = [self.base_key, self.max_prompt_tokens, self.batch_size, str(self.sampling), self.stop_ids(), max_new_tokens, keys]
+        name = hashlib.sha256(json.dumps([asked, [list(map(int, prompt)) for prompt in prompts]]).encode()).hexdigest()
+        if name not in self.of_base:
+            self.of_base[name] = self._continued(prompts, max_new_tokens, base=base, keys=keys, progress=progress)
+        elif progress is not None:
+            progress(len(prompts))
+        return self.of_base[name]
+
+    def _continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        base: bool,
+        keys: Sequence[str] | None,
+        progress: Callable[[int], None] | None,
+    ) -> list[Completion]:
         decoding = Decoding(tuple(self.stop_ids()), self.tokenizer.pad_token_id, max_new_tokens, self.sampling)
         device = causal_lm(self.network).device.type
         half = self.precision != torch.float32

@@ -16,6 +16,7 @@ from fine_tune.evaluation.sampling import Chooser, Sampling
 from fine_tune.models.adapter import causal_lm
 from fine_tune.models.attention import PACKED
 from fine_tune.models.base import set_attention
+from fine_tune.models.merged_meanwhile import merged_meanwhile
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def generate(
     keys = [str(index) for index in range(len(prompts))] if keys is None else keys
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[Generated] = [Generated([], False) for _ in prompts]
-    with generating(model):
+    with generating(model), merged_meanwhile(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             rows = _continue(model, [prompts[i] for i in chosen], [keys[i] for i in chosen], decoding)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -80,7 +79,6 @@ def do_job(
             say(f"job {number + 1} failed ({record.error}): {record.reason}")
         finally:
             sweep.write(replace(record, run=follower.run, seconds=time.perf_counter() - started))
-            _free()
         return sweep.read(number)
 
 
@@ -112,9 +110,3 @@ def _ended(record: JobRecord, error: Exception, status: str) -> JobRecord:
     # The frames of the traceback hold the job's tensors, which the next job needs the room of.
     error.__traceback__ = None
     return replace(record, status=status, exit_code=code, error=type(error).__name__, reason=reason)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
