@@ -38,7 +38,7 @@ OPEN_KEYS = ("data.options.", "data.sources.", "optim.schedule_options.")
 # What may change when a run goes on: how long, where, how fast and how it is watched, never what it computes but for rounding.
 RESUMABLE = re.compile(
     r"resume|trainer\.(max_steps|max_epochs|num_workers|accelerator|devices)|logger(\..+)?|callbacks\.\w+\.every_n_steps"
-    r"|trainer\.(speed|micro_batch_tokens|recompute|offload|compile|fused_lora|dense_base)|objective\.reference_store"
+    r"|trainer\.(speed|micro_batch_tokens|recompute|offload|compile|fused_lora|dense_base|memory_limit_gb|capability)|objective\.reference_store"
 )
 # Keys that runs of earlier versions do not have, and what they did.
 LATER_TRAINER_KEYS = {"dense_base": None, "capability": None, "memory_limit_gb": None}

@@ -43,7 +43,7 @@ RECORDED = (
 )
 # Values that do not change what a run computes do not change its name either.
 UNNAMED = ("run_name", "run_dir", "sweep_dir", "overwrite", "resume", "logger", "hints")
-UNNAMED_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "num_workers")
+UNNAMED_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "num_workers", "memory_limit_gb")
 
 
 @dataclass

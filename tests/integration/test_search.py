@@ -38,14 +38,17 @@ def test_trials_are_runs_and_the_worse_ones_are_pruned(
     trials, found = study_of(tmp_path).trials, records(tmp_path)
     assert len(trials) == len(found) == 5
     states = [trial.state.name for trial in trials]
-    assert set(states) <= {"COMPLETE", "PRUNED"} and "PRUNED" in states and states[0] == "COMPLETE"
+    assert set(states) <= {"COMPLETE", "PRUNED"}
+    assert "PRUNED" in states
+    assert states[0] == "COMPLETE"
     assert [record["status"] == "pruned" for record in found] == [state == "PRUNED" for state in states]
     for trial, record in zip(trials, found, strict=True):
         lines = [line for line in read_metrics(tmp_path / "runs" / record["run"]) if "val/loss" in line]
         # The last validation is the trial's value, with nothing left to stop.
         assert trial.intermediate_values == {line["step"]: line["val/loss"] for line in lines if 0 < line["step"] < 4}
         if trial.state.name == "COMPLETE":
-            assert trial.value == lines[-1]["val/loss"] and lines[-1]["step"] == 4
+            assert trial.value == lines[-1]["val/loss"]
+            assert lines[-1]["step"] == 4
         else:
             # The median of the completed trials before it, at the step it stopped, is better than its best so far.
             earlier = [t for t in trials[: trial.number] if t.state.name == "COMPLETE"]
@@ -89,7 +92,8 @@ def test_a_killed_search_goes_on_with_the_trial_it_was_in(
     assert main(words) == 0
     trials = study_of(tmp_path).trials
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
-    assert trials[2].params == left.params and all(math.isfinite(t.value) for t in trials if t.state.name == "COMPLETE")
+    assert trials[2].params == left.params
+    assert all(math.isfinite(t.value) for t in trials if t.state.name == "COMPLETE")
     # It went on from its checkpoint, and did not begin again: one run folder for both.
     runs = [run for run in (tmp_path / "runs").iterdir() if (run / "summary.json").is_file()]
     assert len(runs) == 3

@@ -28,19 +28,22 @@ def test_a_copy_has_the_same_tensors_and_its_own_modules() -> None:
     base = tiny()
     copy = same_tensors(base)
     mine, theirs = dict(base.named_parameters()), dict(copy.named_parameters())
-    assert mine.keys() == theirs.keys() and all(theirs[name] is mine[name] for name in mine)
+    assert mine.keys() == theirs.keys()
+    assert all(theirs[name] is mine[name] for name in mine)
     assert copy.get_output_embeddings().weight is copy.get_input_embeddings().weight
     assert not {id(module) for module in base.modules()} & {id(module) for module in copy.modules()}
     copy.model.layers[0].self_attn.q_proj = nn.Identity()
     copy.config.hidden_size = 1
-    assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear) and base.config.hidden_size == 64
+    assert isinstance(base.model.layers[0].self_attn.q_proj, nn.Linear)
+    assert base.config.hidden_size == 64
 
 
 def test_a_quantised_copy_shares_its_scales_and_answers_the_same() -> None:
     torch.manual_seed(0)
     base = quantised()
     copy = same_tensors(base)
-    assert copy[0].weight is base[0].weight and copy[0].weight.quant_state is base[0].weight.quant_state
+    assert copy[0].weight is base[0].weight
+    assert copy[0].weight.quant_state is base[0].weight.quant_state
     x = torch.randn(3, 64)
     assert torch.equal(copy(x), base(x))
 
@@ -53,10 +56,13 @@ def test_the_same_key_loads_once_and_another_key_frees_the_first() -> None:
         return made[-1]
 
     first, second = kept.base("a", load), kept.base("a", load)
-    assert len(made) == kept.num_loads == 1 and first is not second and first is not made[0]
+    assert len(made) == kept.num_loads == 1
+    assert first is not second
+    assert first is not made[0]
     assert kept.key == "a"
     kept.base("b", load)
-    assert len(made) == kept.num_loads == 2 and kept.key == "b"
+    assert len(made) == kept.num_loads == 2
+    assert kept.key == "b"
     kept.forget()
     assert kept.key is None
     kept.base("b", load)

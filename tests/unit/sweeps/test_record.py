@@ -32,7 +32,8 @@ def test_a_job_is_done_by_what_this_start_saw(tmp_path: Path) -> None:
     os.utime(file, (first.opened_at - 5, first.opened_at - 5))
     assert not first.is_done(0), "a record of an earlier start: the job is looked at again"
     file.write_text("{")
-    assert first.read(0) is None and first.records() == []
+    assert first.read(0) is None
+    assert first.records() == []
 
 
 def test_only_one_process_gets_a_job(tmp_path: Path) -> None:
@@ -40,7 +41,8 @@ def test_only_one_process_gets_a_job(tmp_path: Path) -> None:
     with one.claim(3) as mine:
         assert mine
         with other.claim(3) as theirs, other.claim(4) as next_one:
-            assert not theirs and next_one
+            assert not theirs
+            assert next_one
     with other.claim(3) as theirs:
         assert theirs
 
@@ -49,5 +51,6 @@ def test_only_one_process_gets_a_job(tmp_path: Path) -> None:
 def test_a_process_of_torchrun_becomes_one_of_its_own(rank: int, size: int) -> None:
     variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "MASTER_PORT": "29500"}
     assert leave_the_group(variables) == (rank, size)
-    assert variables["WORLD_SIZE"] == "1" and variables["LOCAL_RANK"] == str(rank)
+    assert variables["WORLD_SIZE"] == "1"
+    assert variables["LOCAL_RANK"] == str(rank)
     assert leave_the_group({}) == (0, 1)

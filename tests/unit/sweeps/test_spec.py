@@ -18,7 +18,8 @@ def problems(words: list[str]) -> list[str]:
 
 def test_typed_values_make_a_grid_in_the_order_of_the_words() -> None:
     spec = read_sweep(["method.rank=4,8", "optim.lr=1e-4", "method.alpha=16,32"])
-    assert spec.kind == "grid" and spec.settings is None
+    assert spec.kind == "grid"
+    assert spec.settings is None
     assert [" ".join(job) for job in spec.jobs] == [
         "method.rank=4 optim.lr=1e-4 method.alpha=16",
         "method.rank=4 optim.lr=1e-4 method.alpha=32",
@@ -40,7 +41,8 @@ def test_a_named_sweep_brings_values_and_typed_ones_replace_them() -> None:
 @pytest.mark.parametrize("name", ["rank_alpha", "lr", "rank_targets"])
 def test_shipped_grids_are_valid(name: str) -> None:
     spec = read_sweep([f"sweep={name}"])
-    assert spec.kind == "grid" and len(spec.jobs) > 3
+    assert spec.kind == "grid"
+    assert len(spec.jobs) > 3
 
 
 def test_the_shipped_beta_sweep_is_valid_for_preferences() -> None:
@@ -73,7 +75,8 @@ def test_a_search_reads_ranges() -> None:
         Varied("e", ("1", "2", "3")),
     ]
     spec = read_sweep(["sweep=optuna", "method.rank=4,8"])
-    assert spec.kind == "search" and spec.jobs == []
+    assert spec.kind == "search"
+    assert spec.jobs == []
     assert {one.key: one.values for one in spec.varied} == {"optim.lr": (), "method.rank": ("4", "8")}
 
 
@@ -84,7 +87,8 @@ def test_words_of_a_trial() -> None:
 
 def test_every_mistake_of_every_job_is_told_before_anything_starts() -> None:
     found = "\n".join(problems(["method.rank=0,8", "optim.lrr=3,4"]))
-    assert "method.rank = 0" in found and "optim.lrr: unknown key" in found
+    assert "method.rank = 0" in found
+    assert "optim.lrr: unknown key" in found
     # Also one that only a search's other values have.
     assert any("method.rank = 0" in text for text in problems(["sweep=optuna", "method.rank=8,0"]))
     assert any("optim.lr" in text and "-1" in text for text in problems(["sweep=optuna", "optim.lr=interval(-1,1e-3)"]))
