@@ -14,6 +14,8 @@ from fine_tune.text.tokenizer import TextTokenizer, unknown_ids
 
 # Private-use planes: one character stands for one special-token string while a template renders.
 MARKER_BASES = (0xF0000, 0x100000)
+# Text that a tokenizer drops leaves its blanks and the end of turn; a piece of more kinds of tokens is not looked at.
+FEW_TOKENS = 4
 
 
 @dataclass(slots=True)
@@ -125,8 +127,11 @@ class Encoder:
         return results
 
     def _is_lost(self, text: str, ids: Sequence[int]) -> bool:
-        """A tokenizer without an unknown token drops what it has no words for, and says nothing."""
-        return bool(text.replace(self.template.end_of_turn, "").strip()) and not set(ids) - {self.end_of_turn_id}
+        """A tokenizer without an unknown token drops what it has no words for, and says nothing: only blanks are left."""
+        if len(set(ids)) > FEW_TOKENS or not text.replace(self.template.end_of_turn, "").strip():
+            return False
+        left = [i for i in ids if i != self.end_of_turn_id]
+        return not left or not self.tokenizer.decode(left).strip()
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a generation prompt: the same ids that training sees before the answer.

@@ -16,6 +16,9 @@ class TextTokenizer(Protocol):
     def __call__(self, text: list[str], **options: Any) -> Any:
         """Encode a batch of texts."""
 
+    def decode(self, token_ids: list[int]) -> Any:
+        """Turn ids back into text."""
+
     def get_vocab(self) -> dict[str, int]:
         """All tokens with their ids."""
 
