@@ -122,6 +122,9 @@ def load_network(
     if kept is not None and is_shared(cfg):
         network = kept.base(base_key(cfg, tokenizer, plan, dense_base, identity), load)
     else:
+        if kept is not None:
+            # It would lie beside this run's own.
+            kept.forget()
         network = load()
     # Seeded here and not earlier: loading a base must not move the adapter's first values.
     seed_everything(cfg["seed"])

@@ -17,6 +17,10 @@ class Interrupted(FineTuneError):
         super().__init__(message)
         self.exit_code = 128 + signum
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes, as launchers send it."""
+        return type(self), (self.exit_code - 128, str(self))
+
 
 class StopSignals:
     """Own SIGTERM and SIGINT while a run lasts.

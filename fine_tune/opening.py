@@ -20,7 +20,15 @@ from fine_tune.errors import CheckpointError, ConfigError
 from fine_tune.models.adapter import find_adapter_file
 from fine_tune.report.visible import visible
 from fine_tune.rules import select
-from fine_tune.run_folder import CONFIG, SUMMARY, choose_folder, default_name, open_folder, refuse_to_delete
+from fine_tune.run_folder import (
+    CONFIG,
+    SUMMARY,
+    choose_folder,
+    config_hash,
+    default_name,
+    open_folder,
+    refuse_to_delete,
+)
 from fine_tune.storage import sha256
 
 # Keys that may name a place which the run itself reads.
@@ -58,11 +66,24 @@ def _place(cfg: Mapping[str, Any]) -> tuple[Path, list[str]]:
     fingerprint = data_fingerprint(prepare_spec(cfg))
     if cfg["sweep_dir"]:
         path, note = Path(cfg["sweep_dir"]) / (cfg["run_name"] or default_name(cfg, fingerprint)), None
+        if not cfg["overwrite"]:
+            _refuse_another(path, cfg)
     else:
         path, note = choose_folder(cfg, fingerprint)
     if cfg["overwrite"]:
         refuse_to_delete(path, needed={key: select(cfg, key) for key in READ_FROM})
     return path, [note] if note else []
+
+
+def _refuse_another(path: Path, cfg: Mapping[str, Any]) -> None:
+    """Refuse to take a folder's results for those of a job that asks for something else."""
+    file = path / "manifest.json"
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if found.get("config_hash") not in (None, config_hash(cfg)):
+        raise ConfigError(
+            f"{path}: holds a run of another config, or one that was made longer. Pass overwrite=true to replace it, or another "
+            "run_name or sweep_dir."
+        )
 
 
 def finished_in_sweep(cfg: Mapping[str, Any], path: Path) -> dict[str, Any] | None:

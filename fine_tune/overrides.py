@@ -118,6 +118,7 @@ class Varied(NamedTuple):
     high: float = 0.0
     log: bool = False
     whole: bool = False
+    shuffled: bool = False
 
 
 def varied(overrides: Sequence[str]) -> list[Varied]:
@@ -133,13 +134,14 @@ def varied(overrides: Sequence[str]) -> list[Varied]:
             parsed = OverridesParser.create().parse_overrides([text])[0]
         except HydraException:
             continue
-        key, value = parsed.get_key_element(), parsed.value()
+        key, value = parsed.get_key_element().lstrip("+"), parsed.value()
         if isinstance(value, IntervalSweep):
             low, high = value.start, value.end
             whole = isinstance(low, int) and isinstance(high, int)
             found.append(Varied(key, (), float(low or 0), float(high or 0), "log" in value.tags, whole))
         elif isinstance(value, ChoiceSweep | RangeSweep):
-            found.append(Varied(key, tuple(str(one) for one in parsed.sweep_string_iterator())))
+            listed = tuple(str(one) for one in parsed.sweep_string_iterator())
+            found.append(Varied(key, listed, shuffled=bool(getattr(value, "shuffle", False))))
     return found
 
 

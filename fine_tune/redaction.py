@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any
 
@@ -22,6 +23,9 @@ SECRET_VALUES = re.compile(
     r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\."
     r"|[a-z][a-z0-9+.-]*://[^/\s@]+@"
 )
+# In running text: a name and its value, as in an address.
+NAMED = re.compile(r"\b([\w.-]+)=([^\s&'\",;)]+)")
+SHORTEST_SECRET = 6
 # A W&B key is 40 hexadecimal digits, and so is a commit: the key tells them apart.
 FORTY_HEX = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
 COMMIT_KEYS = re.compile(r"(^|[._])(revision|git_commit|commit|sha|fingerprint)$")
@@ -76,4 +80,14 @@ def masked(text: str) -> str:
         >>> masked("no route to https://me:pw@host/x")
         'no route to ***host/x'
     """
-    return FORTY_HEX.sub(MASK, SECRET_VALUES.sub(MASK, text))
+    text = NAMED.sub(lambda found: f"{found[1]}={MASK}" if SECRET_KEYS.search(found[1]) else found[0], text)
+    text = FORTY_HEX.sub(MASK, SECRET_VALUES.sub(MASK, text))
+    for value in sorted(_environment_secrets(), key=len, reverse=True):
+        text = text.replace(value, MASK)
+    return text
+
+
+def _environment_secrets() -> set[str]:
+    """Values of environment variables whose names say that they are secrets; short ones would mask ordinary words."""
+    named = (value for name, value in os.environ.items() if SECRET_KEYS.search(name))
+    return {value for value in named if len(value) >= SHORTEST_SECRET}

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -25,9 +25,11 @@ from filelock import FileLock, Timeout
 from fine_tune.errors import ConfigError, RunLocked, StorageError
 from fine_tune.redaction import masked, redact
 from fine_tune.storage import remove_leftovers, storage_errors, write_json, write_text
+from fine_tune.watching import Pruned
 
 CONFIG, SUMMARY, LOCK = "config.yaml", "summary.json", ".lock"
 FAILURE, ERROR_LOG = "failure.json", "error.log"
+SPEED_KEYS = ("speed", "micro_batch_tokens", "recompute", "offload", "compile", "fused_lora", "dense_base")
 # Exit codes of runs that a signal stopped: they go on, and have not failed.
 INTERRUPTED = (130, 143)
 RECORDED = (
@@ -65,14 +67,26 @@ class RunFolder:
 
 def default_name(cfg: Mapping[str, Any], data_fingerprint: str) -> str:
     """Name a run by what was chosen and a short hash of everything that decides its result."""
-    kept = {key: value for key, value in cfg.items() if key not in UNNAMED}
-    kept["trainer"] = {key: value for key, value in cfg["trainer"].items() if key not in UNNAMED_TRAINER}
-    kept["data"] = {key: value for key, value in cfg["data"].items() if key != "cache_dir"}
-    kept["objective"] = {key: value for key, value in cfg["objective"].items() if key != "reference_store"}
-    text = json.dumps([kept, data_fingerprint], sort_keys=True, default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    digest = _digest([_deciding(cfg, UNNAMED_TRAINER), data_fingerprint])[:8]
     chosen = "-".join(cfg[group]["name"] for group in ("model", "method", "data", "objective"))
     return f"{re.sub(r'[^A-Za-z0-9._-]', '_', chosen)}-{digest}"
+
+
+def config_hash(cfg: Mapping[str, Any]) -> str:
+    """Hash what decides a run's result but for rounding: the same before and after its speed is settled."""
+    return _digest(_deciding(cfg, (*UNNAMED_TRAINER, *SPEED_KEYS)))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _deciding(cfg: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
+    kept = {key: value for key, value in cfg.items() if key not in UNNAMED}
+    kept["trainer"] = {key: value for key, value in cfg["trainer"].items() if key not in left_out}
+    kept["data"] = {key: value for key, value in cfg["data"].items() if key != "cache_dir"}
+    kept["objective"] = {key: value for key, value in cfg["objective"].items() if key != "reference_store"}
+    return kept
 
 
 def choose_folder(cfg: Mapping[str, Any], data_fingerprint: str) -> tuple[Path, str | None]:
@@ -163,10 +177,14 @@ def failure_told(folder: Path) -> Iterator[None]:
 
     ``failure.json`` has exit code, class and message, ``error.log`` also the traceback; secrets are masked in both.
     """
-    for name in (FAILURE, ERROR_LOG):
-        (folder / name).unlink(missing_ok=True)
+    if (folder / FAILURE).is_file():
+        # An error.log alone is not ours.
+        for name in (ERROR_LOG, FAILURE):
+            (folder / name).unlink(missing_ok=True)
     try:
         yield
+    except Pruned:
+        raise
     except Exception as error:
         code = getattr(error, "exit_code", 1)
         if code not in INTERRUPTED:

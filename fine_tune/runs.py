@@ -37,7 +37,7 @@ from fine_tune.opening import adapter_hashes, finished_in_sweep, nothing_left, o
 from fine_tune.passport.document import write_passport
 from fine_tune.quiet import quiet_libraries
 from fine_tune.report.visible import visible
-from fine_tune.run_folder import clear_folder, failure_told, write_config, write_manifest
+from fine_tune.run_folder import clear_folder, config_hash, failure_told, write_config, write_manifest
 from fine_tune.speed import chosen_execution
 from fine_tune.starting import check_sources, start
 from fine_tune.storage import storage_errors, write_json
@@ -132,7 +132,7 @@ def _train(job: Job, overrides: list[str]) -> RunResult:
         "template_hash": template.sha256,
         "data_fingerprint": data.prepared.fingerprint,
     }
-    known = {**record, **(adapter_hashes(cfg) if job.checkpoint is None else {})}
+    known = {"config_hash": config_hash(cfg), **record, **(adapter_hashes(cfg) if job.checkpoint is None else {})}
     write_manifest(path, seed=cfg["seed"], device=job.plan.describe(), fingerprints=known, overrides=overrides)
     job.trackers.open(cfg, path, first_step=job.first_step, rank=job.plan.rank)
     execution = chosen_execution(cfg["trainer"])
@@ -191,7 +191,9 @@ def _answerer(job: Job, network: nn.Module, tokenizer: Any, template: ChatTempla
     if job.kept is not None and assembly.is_shared(job.cfg):
         # The base says the same in every run that asks it the same way.
         answerer.of_base = job.kept.answers
-        answerer.base_key = repr((job.kept.key, template.sha256, chosen_execution(job.cfg["trainer"])))
+        answerer.base_key = repr(
+            (job.kept.key, template.sha256, chosen_execution(job.cfg["trainer"]), job.cfg["method"]["target_modules"])
+        )
     return answerer
 
 

@@ -39,7 +39,7 @@ ARROWS: dict[str, tuple[str, ...]] = {
     "targets": ("errors",),
     "text": ("errors",),
     "checkpoints": ("errors", "storage"),
-    "run_folder": ("errors", "redaction", "storage"),
+    "run_folder": ("errors", "redaction", "storage", "watching"),
     "reference_store": ("errors", "storage"),
     # Models score packed rows (packing, losses), and an export carries its chat template (text).
     "models": ("errors", "kernels", "losses", "packing", "text"),
@@ -126,7 +126,8 @@ ARROWS: dict[str, tuple[str, ...]] = {
     ),
     # Many runs: what they share, how they ended, and their board.
     "sweeps": (
-        "board", "config", "errors", "interrupts", "kept", "opening", "overrides", "redaction", "runs", "storage", "watching",
+        "board", "config", "errors", "interrupts", "kept", "opening", "overrides", "redaction", "report", "run_folder", "runs",
+        "storage", "watching",
     ),
     # Doors.
     "api": ("allocator", "config", "errors", "evaluating", "evaluation_config", "interrupts", "runs", "threads"),

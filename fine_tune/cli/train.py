@@ -158,6 +158,8 @@ def _sweep(overrides: Sequence[str]) -> int:
         run_grid(spec, sweep, rank=rank)
     else:
         _launch(spec, sweep)
+        # What another process had when a launcher came to it.
+        run_grid(spec, sweep, rank=0)
     return finish(spec, sweep) if rank == 0 else 0
 
 

@@ -32,7 +32,8 @@ def merged_meanwhile(network: nn.Module, *, most_bytes: float = MOST_BYTES) -> I
     """
     layers: list[Any] = [layer for layer in network.modules() if isinstance(layer, LoraLayer) and _covered(layer)]
     size = sum(4 * layer.in_features * layer.out_features for layer in layers)
-    chosen = layers if size <= most_bytes else []
+    # Under autocast the merged weight would be rounded, and small updates with it.
+    chosen = layers if size <= most_bytes and not torch.is_autocast_enabled("cpu") else []
     try:
         for layer in chosen:
             layer.forward = functools.partial(_apply, _weight(layer), layer.base_layer.bias)
@@ -56,7 +57,7 @@ def _covered(layer: Any) -> bool:
     if base.bias is not None and base.bias.dtype != torch.float32:
         return False
     if layer.disable_adapters:
-        return True
+        return not layer.merged
     names = layer.active_adapters
     plain = len(names) == 1 and names[0] in layer.lora_A and not layer.merged
     return plain and not layer.use_dora.get(names[0], False) and layer.lora_B[names[0]].bias is None

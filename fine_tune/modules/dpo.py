@@ -86,7 +86,9 @@ class DPOModule(StepModule):
     def micro_loss(self, micro: MicroBatch, batch: StepBatch, ratios: Ratios) -> Tensor:
         """Return one micro-batch's share of the step's mean loss over pairs."""
         # First the reference: its activations are gone before the policy's are kept for the backward pass.
-        reference = self._stored(micro) if self.stored is not None else self.reference_logps(micro)
+        # Stored values are of whole micro-batches: halves of the first step, which is checked, are computed as they are.
+        halved = self.step == 0 and self.replay.most_tokens is not None
+        reference = self.reference_logps(micro) if self.stored is None or halved else self._stored(micro)
         policy = self._completion_logps(supervised_states(self.network, micro), micro)
         terms = self._terms(policy, reference, micro, nll_weight=self.nll_weight)
         self._add_metrics(terms, policy, reference, micro, ratios)
@@ -94,6 +96,11 @@ class DPOModule(StepModule):
             plain = self._terms(policy.detach(), reference, micro, nll_weight=0.0)
             self.gate.look(plain, tolerance(self.network, self.device))
         return terms.loss.sum() / batch.num_samples
+
+    def before_attempt(self) -> None:
+        """Forget what the gate has seen of an attempt that was cut short."""
+        if self.gate is not None:
+            self.gate.forget()
 
     def before_update(self, batch: StepBatch) -> None:
         """Stop before the first update unless the policy starts as its reference."""

@@ -38,6 +38,10 @@ class StartGate:
         self.reference_name, self.expected_loss, self.slope = reference_name, expected_loss, slope
         self._worst: Tensor | None = None
 
+    def forget(self) -> None:
+        """Take back what was noted."""
+        self._worst = None
+
     def look(self, terms: DPOTerms, allowed: float) -> None:
         """Note the largest reward and the largest distance of a loss from the expected one."""
         rewards = torch.cat([terms.chosen_reward, terms.rejected_reward]).abs().max()

@@ -121,6 +121,9 @@ class StepModule(pl.LightningModule):
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Add a validation micro-batch to ``self._ratios``, ``loss`` among it."""
 
+    def before_attempt(self) -> None:
+        """Forget what an attempt at this step has noted, which memory that ran out has cut short."""
+
     def before_update(self, batch: StepBatch) -> None:
         """Look at a step after its last backward; an error raised here leaves the weights as they were."""
 
@@ -159,6 +162,7 @@ class StepModule(pl.LightningModule):
         def begin() -> None:
             ratios.sums.zero_()
             loss.zero_()
+            self.before_attempt()
             for parameter in self._trained:
                 parameter.grad = None
 

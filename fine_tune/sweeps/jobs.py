@@ -65,9 +65,11 @@ def do_job(
         say(title)
         started = time.perf_counter()
         follower = _Follower(watcher or Watcher())
-        record = JobRecord(number, list(words), None, FINISHED)
+        # Until it is known otherwise: also Ctrl-C at any moment ends here.
+        record = JobRecord(number, list(words), None, INTERRUPTED, 130)
         try:
-            record = _run(record, words, sweep.path.name, kept, follower)
+            _run(words, sweep.path.name, kept, follower)
+            record = JobRecord(number, list(words), None, FINISHED)
         except Interrupted as error:
             record = _ended(record, error, INTERRUPTED)
             raise
@@ -82,7 +84,7 @@ def do_job(
         return sweep.read(number)
 
 
-def _run(record: JobRecord, words: Sequence[str], group: str, kept: Kept, follower: Watcher) -> JobRecord:
+def _run(words: Sequence[str], group: str, kept: Kept, follower: Watcher) -> None:
     cfg = check_config(words, multirun=True).cfg
     cfg.pop("sweep", None)
     _refuse_missing_device(cfg["trainer"]["accelerator"])
@@ -90,7 +92,6 @@ def _run(record: JobRecord, words: Sequence[str], group: str, kept: Kept, follow
     if wandb is not None and wandb.get("group") is None:
         wandb["group"] = group
     run(cfg, overrides=[word.lstrip("+") for word in words], kept=kept, watcher=follower)
-    return record
 
 
 def _refuse_missing_device(accelerator: str) -> None:

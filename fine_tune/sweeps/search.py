@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fine_tune.errors import EnvironmentProblem
+from filelock import FileLock, Timeout
+
+from fine_tune.errors import ConfigError, EnvironmentProblem, RunLocked
 from fine_tune.opening import say
 from fine_tune.overrides import Varied
 from fine_tune.sweeps.jobs import do_job
-from fine_tune.sweeps.record import FINISHED, PRUNED, JobRecord, SweepFolder
+from fine_tune.sweeps.record import FAILED, FINISHED, PRUNED, JobRecord, SweepFolder
 from fine_tune.sweeps.spec import SweepSpec, job_words, number
 from fine_tune.sweeps.sweep import KEPT
 from fine_tune.watching import Pruned, Watcher
@@ -42,13 +45,22 @@ def run_search(spec: SweepSpec, sweep: SweepFolder) -> None:
 
     Raises:
         EnvironmentProblem: Optuna is not installed.
+        RunLocked: Another process is at it.
     """
     optuna = _optuna()
     settings = spec.settings or {}
-    study = _study(optuna, spec, sweep)
-    _take_up(optuna, study)
-    while _num_ended(optuna, study) < settings["num_trials"]:
-        _trial(optuna, study, spec, sweep)
+    lock = FileLock(str(sweep.path / ".search.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunLocked(f"{sweep.path} is being searched by another process. Wait for it.") from error
+    try:
+        study = _study(optuna, spec, sweep)
+        _take_up(optuna, study)
+        while _num_ended(optuna, study) < settings["num_trials"]:
+            _trial(optuna, study, spec, sweep)
+    finally:
+        lock.release()
 
 
 def _trial(optuna: Any, study: Any, spec: SweepSpec, sweep: SweepFolder) -> None:
@@ -65,7 +77,10 @@ def _trial(optuna: Any, study: Any, spec: SweepSpec, sweep: SweepFolder) -> None
     if record is not None and record.status == PRUNED:
         study.tell(trial, state=states.PRUNED)
     elif value is None:
-        say(f"trial {trial.number + 1} has no {settings['metric']} and counts as failed")
+        if record is not None and record.status == FINISHED:
+            reason = f"the run has no {settings['metric']} to be judged by. Choose another sweep.metric."
+            sweep.write(replace(record, status=FAILED, exit_code=ConfigError.exit_code, error="ConfigError", reason=reason))
+            say(f"trial {trial.number + 1}: {reason}")
         study.tell(trial, state=states.FAIL)
     else:
         study.tell(trial, value)
@@ -112,6 +127,8 @@ def _study(optuna: Any, spec: SweepSpec, sweep: SweepFolder) -> Any:
         "none": optuna.pruners.NopPruner,
     }
     storage = settings["storage"] or f"sqlite:///{sweep.path / 'trials.db'}"
+    if spec.overwrite and spec.name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=spec.name, storage=storage)
     study = optuna.create_study(
         storage=storage, study_name=spec.name, direction=settings["direction"], load_if_exists=True,
         pruner=pruners[settings["pruner"]](),

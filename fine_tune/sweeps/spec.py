@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from fine_tune.config import check_config, check_jobs
 from fine_tune.errors import ConfigError
 from fine_tune.overrides import Varied, expand, varied
+from fine_tune.run_folder import default_name
 
 GRID, SEARCH = "grid", "search"
 # Words that decide where and how jobs run, and not which ones there are.
@@ -31,6 +32,7 @@ class SweepSpec:
         settings: The values of ``sweep=``; None when the sweep was typed.
         runs: Folder that holds the runs.
         folder: Folder of the sweep's own record.
+        overwrite: Everything is done anew.
         launcher: What Hydra was told to start jobs with; None for one after another in this process.
     """
 
@@ -41,6 +43,7 @@ class SweepSpec:
     runs: Path
     folder: Path
     launcher: str | None
+    overwrite: bool
 
     @property
     def kind(self) -> str:
@@ -74,9 +77,13 @@ def read_sweep(overrides: Sequence[str]) -> SweepSpec:
     if problems := _problems(found, settings, search=search):
         raise ConfigError(problems)
     jobs = _corners(words, found) if search else expand(words)
-    runs = Path(check_jobs(jobs)[0].cfg["sweep_dir"]).expanduser()
+    checked = [job.cfg for job in check_jobs(jobs)]
+    if problems := list(_clashes(jobs, checked, found)):
+        raise ConfigError(problems)
+    runs = Path(checked[0]["sweep_dir"]).expanduser()
     launcher = next((word.partition("=")[2] for word in words if _key(word) == "hydra/launcher"), None)
-    return SweepSpec(words, [] if search else jobs, found, settings, runs, runs / _name(words, own), launcher)
+    folder, overwrite = runs / _name(words, own), checked[0]["overwrite"]
+    return SweepSpec(words, [] if search else jobs, found, settings, runs, folder, launcher, overwrite)
 
 
 def job_words(words: Sequence[str], chosen: dict[str, str]) -> list[str]:
@@ -89,6 +96,9 @@ def _key(word: str) -> str:
 
 
 def _problems(found: list[Varied], settings: dict[str, Any] | None, *, search: bool) -> list[str]:
+    if shuffled := [one.key for one in found if one.shuffled]:
+        rule = "jobs are numbered, so their order must be the same each time"
+        return [f"{key}: shuffle(..): {rule}. Leave it out." for key in shuffled]
     if not search:
         advice = "a grid has no values for it. List values, or pass sweep=optuna"
         return [f"{one.key}: from {one.low:g} to {one.high:g}: {advice}." for one in found if not one.values]
@@ -104,6 +114,20 @@ def _problems(found: list[Varied], settings: dict[str, Any] | None, *, search: b
     if metric is not None and not metric.startswith("val/") and metric not in METRICS:
         problems.append(f"sweep.metric = {metric}: no such metric. Choose val/<name> or one of {', '.join(METRICS)}.")
     return problems
+
+
+def _clashes(jobs: list[list[str]], checked: list[dict[str, Any]], found: list[Varied]) -> Iterator[str]:
+    """Say which jobs would be one run, as they differ in nothing that decides a result, and where runs would be scattered."""
+    if len({cfg["sweep_dir"] for cfg in checked}) > 1:
+        yield "sweep_dir: one folder holds the runs of a sweep. Name one."
+    keys = {one.key for one in found}
+    names: dict[str, str] = {}
+    for job, cfg in zip(jobs, checked, strict=True):
+        shown = " ".join(word for word in job if _key(word) in keys)
+        name = cfg["run_name"] or default_name(cfg, "")
+        if name in names:
+            yield f"{shown}: the same run as {names[name]}: nothing that decides its result differs. Leave one out."
+        names[name] = shown
 
 
 def _corners(words: list[str], found: list[Varied]) -> list[list[str]]:

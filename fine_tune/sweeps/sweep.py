@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 
@@ -13,10 +14,13 @@ from fine_tune.board.terminal import say as show_board
 from fine_tune.errors import FineTuneError
 from fine_tune.kept import Kept
 from fine_tune.opening import say
+from fine_tune.report.visible import visible
 from fine_tune.sweeps.jobs import do_job
 from fine_tune.sweeps.record import FAILED, JobRecord, SweepFolder
 from fine_tune.sweeps.spec import SEARCH, SweepSpec
 
+# Of a reason in a line; all of it is in the board.
+REASON_CHARACTERS = 400
 # Between two looks at jobs that other processes have.
 LOOK_SECONDS = 1.0
 # What the jobs of one process share: in a launcher's processes there is no other place that lasts from job to job.
@@ -68,6 +72,7 @@ def finish(spec: SweepSpec, sweep: SweepFolder) -> int:
         show_board(board, rich.get_console())
     failed = [record for record in sweep.records() if record.status == FAILED]
     for record in failed:
-        reason = next(iter((record.reason or "").splitlines()), "")
-        say(f"job {record.number + 1} failed with exit code {record.exit_code} ({record.error}): {reason}")
+        reason = " ".join((record.reason or "").split())[:REASON_CHARACTERS]
+        line = f"job {record.number + 1} failed with exit code {record.exit_code} ({record.error}): {reason}"
+        print(visible(line), file=sys.stderr)
     return failed[0].exit_code if failed else 0

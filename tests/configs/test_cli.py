@@ -27,7 +27,7 @@ class Recorder:
         self.calls: list[dict[str, Any]] = []
         self.ends: list[int | BaseException] = []
 
-    def run(self, cfg: dict[str, Any], *, overrides: list[str]) -> SimpleNamespace:
+    def run(self, cfg: dict[str, Any], *, overrides: list[str], **_: Any) -> SimpleNamespace:
         self.calls.append({"cfg": cfg, "overrides": overrides, "argv": list(sys.argv), "cwd": Path.cwd()})
         end = self.ends.pop(0) if self.ends else 0
         if isinstance(end, BaseException):
@@ -38,6 +38,8 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recorder:
     made = Recorder()
+    # A sweep's jobs have imported the function by its name.
+    monkeypatch.setattr("fine_tune.sweeps.jobs.run", made.run)
     module = ModuleType("fine_tune.runs")
     module.run = made.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fine_tune.runs", module)
@@ -83,8 +85,10 @@ def test_a_sweep_runs_every_combination_and_leaves_no_file(recorder: Recorder, t
     seen = [(call["cfg"]["method"]["rank"], call["cfg"]["optim"]["lr"]) for call in recorder.calls]
     assert seen == [(8, 1e-4), (16, 1e-4)]
     assert {call["cfg"]["sweep_dir"] for call in recorder.calls} == {"all"}
-    assert recorder.calls[0]["overrides"] == ["method.rank=8", "optim.lr=0.0001", "sweep_dir=all"]
-    assert list(tmp_path.iterdir()) == []
+    assert recorder.calls[0]["overrides"] == ["method.rank=8", "optim.lr=1e-4", "sweep_dir=all"]
+    # Nothing but the sweep's own record, in the folder that was named.
+    assert [path.name for path in tmp_path.iterdir()] == ["all"]
+    assert [path.name.split("-")[0] for path in (tmp_path / "all").iterdir()] == ["sweep"]
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 

@@ -14,6 +14,7 @@ from fine_tune.data.sources.registry import FORMATS
 from fine_tune.errors import ConfigError
 from fine_tune.evaluation_schema import EVALUATIONS
 from fine_tune.overrides import group_options
+from fine_tune.sweeps.spec import read_sweep
 
 CONF = find_conf_dir()
 GROUPS = group_options(CONF)
@@ -29,13 +30,16 @@ def companions(group: str, option: str) -> list[str]:
 
 def problems(overrides: list[str]) -> list[str]:
     with pytest.raises(ConfigError) as refused:
-        check_config(overrides)
+        read_sweep(overrides) if overrides[0].startswith("sweep=") else check_config(overrides)
     return refused.value.problems
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_composes_and_passes(group: str, option: str) -> None:
-    cfg = check_config([f"{group}={option}", *companions(group, option)]).cfg
+    words = [f"{group}={option}", *companions(group, option)]
+    cfg = check_config(words, multirun=group == "sweep").cfg
+    if group == "sweep":
+        assert read_sweep(words).kind == cfg["sweep"]["kind"]
     if group in ("model", "method", "data", "objective", "optim"):
         assert cfg[group]["name"] == option
 
@@ -45,7 +49,7 @@ def test_declared_companions_are_needed(group: str, option: str) -> None:
     for word in companions(group, option):
         key = word.partition("=")[0]
         # early_stopping: its own key is named, the companion in what to do
-        assert any(key in sentence for sentence in problems([f"{group}={option}"]))
+        assert any(key.split(".")[0] in sentence for sentence in problems([f"{group}={option}"]))
 
 
 def test_the_groups_are_those_a_user_may_choose() -> None:
@@ -60,6 +64,7 @@ def test_the_groups_are_those_a_user_may_choose() -> None:
         "data",
         "experiment",
         "debug",
+        "sweep",
     }
     assert all(GROUPS.values())
 

@@ -108,6 +108,24 @@ def test_finished_runs_are_skipped_and_interrupted_ones_go_on(
     assert [record["status"] for record in records(tmp_path)] == ["finished", "finished"]
 
 
+def test_the_results_of_another_config_are_not_taken(
+    stand_in: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_of(stand_in, tmp_path, "run_name=mine", "trainer.max_steps=1", "data.num_eval_items=0")
+    assert main([*words, "method.rank=4"]) == 0
+    kept = (tmp_path / "runs" / "mine" / "summary.json").read_bytes()
+    assert main([*words, "method.rank=8"]) == 2
+    assert "holds a run of another config" in capsys.readouterr().err
+    assert (tmp_path / "runs" / "mine" / "summary.json").read_bytes() == kept
+    assert main([*words, "method.rank=4"]) == 0
+    assert main([*words, "method.rank=8", "overwrite=true"]) == 0
+
+
+def test_a_job_that_shares_no_base_does_not_keep_the_last_one(stand_in: tuple[Path, Path], tmp_path: Path) -> None:
+    assert main(words_of(stand_in, tmp_path, "method=qlora,qlora8", "trainer.max_steps=1", "data.num_eval_items=0")) == 0
+    assert sweeping.KEPT.key is None
+
+
 def test_jobs_that_fail_are_told_and_the_others_finish(
     stand_in: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +153,7 @@ def test_jobs_that_fail_are_told_and_the_others_finish(
     run = tmp_path / "runs" / found[0]["run"]
     assert json.loads((run / "failure.json").read_text())["reason"] == "planted in rank 2"
     assert "in faulty" in (run / "error.log").read_text()
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "job 1 failed with exit code 1 (RuntimeError): planted in rank 2" in said
     board = next((tmp_path / "runs").glob("sweep-*/board.html")).read_text()
     assert "planted in rank 2" in board

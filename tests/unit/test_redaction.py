@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fine_tune.redaction import MASK, redact, secret_in_override
+from fine_tune.redaction import MASK, masked, redact, secret_in_override
 
 HF = "hf_" + "Ab1" * 11
 FORTY = "0123456789abcdef" * 2 + "01234567"
@@ -72,3 +72,10 @@ def test_forms_of_secrets(text: str) -> None:
 )
 def test_what_is_no_secret(text: str) -> None:
     assert not secret_in_override(text)
+
+
+def test_running_text_keeps_no_named_secret_and_none_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_API_KEY", "hunter2hunter2")
+    monkeypatch.setenv("PLAIN", "ordinary-text")
+    text = masked("GET /x?api_key=abc123&n=1: hunter2hunter2, password=hush; model.pad_token=</s> ordinary-text HF_TOKEN=zzz")
+    assert text == "GET /x?api_key=***&n=1: ***, password=***; model.pad_token=</s> ordinary-text HF_TOKEN=***"
