@@ -83,6 +83,7 @@ def test_one_base_serves_all_jobs_and_they_are_what_separate_runs_are(
     assert len(board["runs"]) == 2
 
 
+@pytest.mark.drill
 def test_another_base_is_loaded_and_the_first_is_gone(stand_in: tuple[Path, Path], tmp_path: Path) -> None:
     assert main(words_of(stand_in, tmp_path, "method=qlora,lora,qlora8", "trainer.max_steps=1")) == 0
     # The 8-bit base is no base that is kept.
@@ -182,6 +183,7 @@ def test_a_signal_ends_the_sweep_and_is_no_failure(
     assert not list((tmp_path / "runs").glob("*/failure.json"))
 
 
+@pytest.mark.drill
 def test_processes_of_torchrun_share_the_jobs(stand_in: tuple[Path, Path], tmp_path: Path) -> None:
     """Two processes, three jobs: each is done once, and the first process shows the board of all."""
     command = [
