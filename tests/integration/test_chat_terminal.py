@@ -53,8 +53,7 @@ def test_an_answer_streams_and_ctrl_c_stops_it_and_not_the_program(rambling: Typ
     told = rambling.wait_for("(taken back: And the tanner?)")
     assert told.index("you> ") < told.index("/undo")
     rambling.wait_for("you> ")
-    rambling.type("\x03")
-    rambling.wait_for("(Ctrl-D or /quit leaves)")
+    rambling.interrupt("(Ctrl-D or /quit leaves)")
     rambling.wait_for("you> ")
     rambling.type("\x04")
     assert rambling.end() == 0

@@ -48,6 +48,21 @@ class Typist:
     def type(self, text: str) -> None:
         os.write(self.handle, text.encode())
 
+    def interrupt(self, expected: str) -> str:
+        """Press Ctrl-C at a prompt, again each second, until it is answered.
+
+        Python notices a signal that comes in the microseconds between its prompt and its wait for a key only with the next
+        key; a program that presses at once can hit them, a person cannot.
+        """
+        for _ in range(60):
+            self.type("\x03")
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline and self.seen.find(expected, self._read_to) < 0:
+                assert self._read(0.1), f"the program ended before {expected!r}: {self.seen[self._read_to :]!r}"
+            if self.seen.find(expected, self._read_to) >= 0:
+                break
+        return self.wait_for(expected)
+
     def end(self, seconds: float = 30) -> int:
         """Wait until it has ended, and return its exit code."""
         deadline = time.monotonic() + seconds

@@ -119,12 +119,9 @@ def test_uncompiled_layers_compute_what_plain_ones_do(plain: list[Passed], kind:
     alike([passed(network, micro) for micro in MICROS], plain, 1e-9)
 
 
-# Tracing takes seconds. The default run has a compiled 4-bit network below; pytest -m drill has all of these.
-OFTEN = ("compiled, selective", "compiled, selective, fused", "compiled, full, offload, fused")
-
-
+# Tracing takes seconds. The default run has a compiled 4-bit network below.
 @pytest.mark.drill
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k in OFTEN else pytest.mark.drill) for k in COMPILED])
+@pytest.mark.parametrize("kind", COMPILED)
 def test_compiled_layers_compute_what_plain_ones_do_and_share_one_graph(
     plain: list[Passed], compiler: CompileCounterWithBackend, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
