@@ -120,6 +120,7 @@ def test_plain_peft_finds_the_same_rewards(run_dir: Path, built_in_run: Path, re
     assert (margins > 0).double().mean().item() == pytest.approx(summary(run_dir)["preference_accuracy"], abs=1 / 256)
 
 
+@pytest.mark.drill
 def test_the_same_seed_gives_the_same_steps(run_dir: Path, built_in_run: Path, tmp_path: Path) -> None:
     """As far as the second run is let: its first eight steps."""
     words = [

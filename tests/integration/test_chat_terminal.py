@@ -60,7 +60,7 @@ def test_an_answer_streams_and_ctrl_c_stops_it_and_not_the_program(rambling: Typ
     assert "Traceback" not in rambling.seen
 
 
-@pytest.mark.parametrize("columns", [130, 80])
+@pytest.mark.parametrize("columns", [130, pytest.param(80, marks=pytest.mark.drill)])
 def test_two_checkpoints_at_a_terminal_save_pairs_that_train(columns: int, taught: Path, tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     words = ["chat", f"ckpt=[base,{taught}]", "accelerator=cpu", "max_new_tokens=40", f"save={file}"]

@@ -43,8 +43,10 @@ def half_done(pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path: Path, m
     return run_dir
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [1, 5, LAST - 1])
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [(5, 0), (LAST - 1, 2), *(pytest.param(*more, marks=pytest.mark.drill) for more in ((1, 0), (1, 2), (5, 2), (LAST - 1, 0)))],
+)
 def test_stopped_and_resumed_equals_uninterrupted(
     straight: Path,
     pair_stand_in: tuple[Path, Path],
@@ -62,6 +64,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert_same_end(straight, run_dir, step=LAST)
 
 
+@pytest.mark.drill
 def test_a_fresh_process_goes_on_though_the_start_is_gone(
     straight: Path, pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path: Path
 ) -> None:
@@ -102,7 +105,7 @@ def test_a_base_reference_is_made_again(
     assert_same_end(tmp_path / "whole" / "run", run_dir, step=LAST)
 
 
-@pytest.mark.parametrize("store_is", ["kept", "deleted"])
+@pytest.mark.parametrize("store_is", ["kept", pytest.param("deleted", marks=pytest.mark.drill)])
 def test_with_stored_reference_values(
     straight: Path,
     straight_stored: Path,

@@ -95,6 +95,7 @@ def test_the_first_run_computes_every_row_once_and_the_next_reads_them(
         assert left["train/rewards/margins"] == pytest.approx(right["train/rewards/margins"], abs=1e-5)
 
 
+@pytest.mark.drill
 def test_a_shorter_run_fills_a_part_and_a_longer_one_the_rest(
     job: Callable[..., list[str]], tmp_path: Path, computed: list[tuple[int, ...]]
 ) -> None:
@@ -111,10 +112,10 @@ def test_a_shorter_run_fills_a_part_and_a_longer_one_the_rest(
 @pytest.mark.parametrize(
     "more",
     [
-        ["seed=1"],
         ["trainer.micro_batch_tokens=128"],
-        ["optim.global_batch_size=4"],
-        ["objective.reference=base", "objective.allow_other_start=true"],
+        pytest.param(["seed=1"], marks=pytest.mark.drill),
+        pytest.param(["optim.global_batch_size=4"], marks=pytest.mark.drill),
+        pytest.param(["objective.reference=base", "objective.allow_other_start=true"], marks=pytest.mark.drill),
     ],
     ids=lambda more: more[0],
 )
@@ -169,6 +170,7 @@ def test_changed_values_are_refused_and_the_file_is_named(
     assert read_metrics(tmp_path / "three") == read_metrics(tmp_path / "one")
 
 
+@pytest.mark.drill
 def test_a_wrong_value_that_step_0_meets_is_blamed_on_the_store(
     job: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], computed: list[tuple[int, ...]]
 ) -> None:
@@ -199,6 +201,7 @@ def test_a_missing_value_is_computed(
     assert read_metrics(tmp_path / "two") == read_metrics(tmp_path / "one")
 
 
+@pytest.mark.drill
 def test_a_resumed_run_can_follow_the_advice_of_a_refused_store(
     job: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

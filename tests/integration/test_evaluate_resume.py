@@ -65,6 +65,7 @@ def write_subjects(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.drill
 def test_killed_while_the_next_chunks_are_under_way(nf4: Path, tmp_path: Path) -> None:
     words = ["eval=mmlu", "eval.format=csv", "eval.shots=0", f"eval.path={write_subjects(tmp_path / 'mmlu')}"]
     places = [("inside", 2), ("before", 1), ("behind", 0)]

@@ -26,8 +26,10 @@ def straight(stand_in: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
     return run_dir
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("step", [1, 5, LAST - 1])
+@pytest.mark.parametrize(
+    ("step", "workers"),
+    [(1, 0), (5, 2), (LAST - 1, 0), *(pytest.param(*more, marks=pytest.mark.drill) for more in ((1, 2), (5, 0), (LAST - 1, 2)))],
+)
 def test_stopped_and_resumed_equals_uninterrupted(
     straight: Path,
     stand_in: tuple[Path, Path],
@@ -44,7 +46,7 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert_same_end(straight, run_dir, step=LAST)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.drill)])
 def test_a_fresh_process_goes_on_exactly(
     straight: Path, stand_in: tuple[Path, Path], tmp_path: Path, signum: int, code: int
 ) -> None:

@@ -55,6 +55,7 @@ def five(real_data: Path, subject: Subject) -> tuple[MMLU, list[MMLUItem]]:
     return evaluation, evaluation.prepare(subject.tokenizer, subject.template)
 
 
+@pytest.mark.drill
 def test_every_question_is_in_one_chunk_of_its_subject(five: tuple[MMLU, list[MMLUItem]], subject: Subject) -> None:
     evaluation, items = five
     chunks = evaluation.chunks(items)
@@ -70,6 +71,7 @@ def test_every_question_is_in_one_chunk_of_its_subject(five: tuple[MMLU, list[MM
     assert "96 different prefixes (up to a prompt's last empty line), more than one in 6 of 57 subjects" in prefixes
 
 
+@pytest.mark.drill
 @pytest.mark.parametrize("name", ["abstract_algebra", "high_school_european_history"])
 def test_scores_equal_one_by_one(five: tuple[MMLU, list[MMLUItem]], subject: Subject, name: str) -> None:
     evaluation, items = five

@@ -73,6 +73,7 @@ def balanced() -> Iterator[Prepared]:
     torch._dynamo.reset()
 
 
+@pytest.mark.drill
 def test_policy_and_reference_take_the_same_graphs(balanced: Prepared) -> None:
     module = module_of(balanced.network)
     module.reference_logps(MICROS[0])
