@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -13,14 +11,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from fine_tune.errors import CheckpointError, NonFiniteError, StorageError, UnsafeArtifact
+from fine_tune import safe_load
+from fine_tune.errors import CheckpointError, NonFiniteError, StorageError
 from fine_tune.storage import new_folder, sha256, sync_file, write_json
 
 ADAPTER_FILE, TRAINER_FILE, MANIFEST = "adapter.safetensors", "trainer.pt", "manifest.json"
-NAME = re.compile(r"step-(\d{7,})")
+NAME = re.compile(r"step-(\d{7,})", re.ASCII)
+ADVICE = "Use an earlier checkpoint."
 
 
 @dataclass(frozen=True)
@@ -33,22 +33,11 @@ class Checkpoint:
 
     def adapter(self) -> dict[str, Tensor]:
         """Read what trains."""
-        try:
-            return load_file(str(self.folder / ADAPTER_FILE))
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.folder / ADAPTER_FILE}: damaged ({error}). Use an earlier checkpoint.") from error
+        return safe_load.tensors(self.folder / ADAPTER_FILE, advice=ADVICE)
 
     def trainer_state(self) -> dict[str, Any]:
         """Read optimizer, schedule, random states and counters; nothing in the file can run code."""
-        try:
-            state = torch.load(self.folder / TRAINER_FILE, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise UnsafeArtifact(
-                f"{self.folder / TRAINER_FILE} holds more than plain tensors; it is not loaded."
-            ) from error
-        except (RuntimeError, EOFError, KeyError) as error:
-            raise CheckpointError(f"{self.folder / TRAINER_FILE}: damaged ({error}). Use an earlier checkpoint.") from error
-        return dict(state)
+        return safe_load.trainer_state(self.folder / TRAINER_FILE, advice=ADVICE)
 
 
 def save(
@@ -65,6 +54,9 @@ def save(
         raise NonFiniteError(
             f"step {step}: {len(broken)} tensors are not finite ({broken[0]}); the checkpoint is not written."
         )
+    if not root.parent.is_dir():
+        # Made again, it would be a run without its config.
+        raise StorageError(f"{root.parent} is gone, and step {step} is not saved. Put it back and go on with resume=.")
     place = root / f"step-{step:07d}"
     with new_folder(place) as folder:
         try:
@@ -92,16 +84,19 @@ def verify(folder: Path) -> Checkpoint:
         CheckpointError: The manifest is missing or damaged, or a file differs from it.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = safe_load.json_object(folder / MANIFEST)
         step, files = int(manifest["step"]), dict(manifest["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder}: no readable {MANIFEST} ({type(error).__name__}). Use an earlier checkpoint."
+            f"{folder}: no readable {MANIFEST} ({type(error).__name__}). {ADVICE}"
         ) from error
+    # A folder under a name of its own, such as a copy put aside, tells no step.
+    if (named := NAME.fullmatch(folder.name)) and int(named[1]) != step:
+        raise CheckpointError(f"{folder}: its {MANIFEST} is of step {step}. {ADVICE}")
     for name in (ADAPTER_FILE, TRAINER_FILE):
         file = folder / name
         if not file.is_file() or name not in files or sha256(file) != files[name]["sha256"]:
-            raise CheckpointError(f"{file}: missing, or its content is not what was saved. Use an earlier checkpoint.")
+            raise CheckpointError(f"{file}: missing, or its content is not what was saved. {ADVICE}")
     return Checkpoint(folder, step, manifest)
 
 

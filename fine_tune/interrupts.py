@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: at once outside training, at the next step boundary inside it."""
+"""SIGTERM, Ctrl-C and a cluster's notice: at once outside training, at the next step boundary inside it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class Interrupted(FineTuneError):
 
 
 class StopSignals:
-    """Own SIGTERM and SIGINT while a run lasts.
+    """Own SIGTERM, SIGINT and, where nobody else does, SIGUSR1 while a run lasts.
+
+    Clusters send SIGUSR1 when a job's time is nearly up (``#SBATCH --signal=USR1@120``): it means what SIGTERM means, and the
+    run ends with SIGTERM's exit code.
 
     Outside training a signal raises :class:`Interrupted` where it arrives. While ``deferred`` it is only noted, so that the
     step can finish and be saved; a second Ctrl-C then stops at once, without saving.
@@ -39,7 +42,10 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         """Install the handlers (in the main thread; elsewhere Python allows none)."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in self.SIGNALS}
+            # A launcher's own handler, such as submitit's, puts the job back into the queue: it stays.
+            free = signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+            owned = (*self.SIGNALS, signal.SIGUSR1) if free else self.SIGNALS
+            self._before = {number: signal.getsignal(number) for number in owned}
             self.install()
         return self
 
@@ -51,11 +57,12 @@ class StopSignals:
     def install(self) -> None:
         """Take the signals over, also from a library that put its own handlers in between."""
         if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
+            for number in self._before or self.SIGNALS:
                 signal.signal(number, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         name = signal.Signals(signum).name
+        signum = signal.SIGTERM if signum == signal.SIGUSR1 else signum
         if not self.deferred:
             text = f"stopped by {name} outside training. What was saved before can be resumed with resume=<run folder>."
             raise Interrupted(signum, text)

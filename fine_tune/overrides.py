@@ -9,17 +9,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
+from fine_tune import safe_load
 from fine_tune.problems import unknown_key, unknown_option
 from fine_tune.redaction import is_secret, secret_in_override
 
 # What a run may set of Hydra itself: launchers, and what Lightning passes to the processes it starts for DDP.
 HYDRA_KEYS = re.compile(
-    r"(hydra/launcher=\w+|hydra\.launcher\.(?!_target_)[\w.]+=.*|hydra\.sweeper\.max_batch_size=\d+|hydra\.verbose=.*"
+    r"(hydra/launcher=\w+|hydra\.launcher\.(?!.*_target_)[\w.]+=.*|hydra\.sweeper\.max_batch_size=\d+|hydra\.verbose=.*"
     r"|hydra\.run\.dir=[\"']?\.[\"']?|hydra\.output_subdir=null|hydra\.job\.name=train_ddp_process_\d+"
     r"|hydra\.mode=(RUN|MULTIRUN))"
 )
@@ -48,7 +48,7 @@ def group_options(folder: Path, primary_name: str = "train") -> dict[str, list[s
         >>> group_options(find_conf_dir())["objective"]
         ['dpo', 'sft']
     """
-    primary = yaml.safe_load((folder / f"{primary_name}.yaml").read_text(encoding="utf-8"))
+    primary = safe_load.yaml_text((folder / f"{primary_name}.yaml").read_text(encoding="utf-8"))
     entries = [name for entry in primary["defaults"] if isinstance(entry, dict) for name in entry]
     groups = [name for name in entries if " " not in name]
     return {group: sorted(file.stem for file in (folder / group).glob("*.yaml")) for group in groups}

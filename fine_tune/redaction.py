@@ -28,6 +28,8 @@ NAMED = re.compile(r"\b([\w.-]+)=([^\s&'\",;)]+)")
 SHORTEST_SECRET = 6
 # A W&B key is 40 hexadecimal digits, and so is a commit: the key tells them apart.
 FORTY_HEX = re.compile(r"(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f])")
+# In running text: what a commit follows, in a hub cache's path, behind a model's name, or in a sentence of ours.
+BEFORE_COMMITS = ("snapshots/", "@", "revision ", "revision=", "commit ", "model.revision: ")
 COMMIT_KEYS = re.compile(r"(^|[._])(revision|git_commit|commit|sha|fingerprint)$")
 
 
@@ -79,12 +81,18 @@ def masked(text: str) -> str:
     Example:
         >>> masked("no route to https://me:pw@host/x")
         'no route to ***host/x'
+        >>> masked("cache/snapshots/" + "0" * 40), masked("key " + "0" * 40)
+        ('cache/snapshots/0000000000000000000000000000000000000000', 'key ***')
     """
     text = NAMED.sub(lambda found: f"{found[1]}={MASK}" if SECRET_KEYS.search(found[1]) else found[0], text)
-    text = FORTY_HEX.sub(MASK, SECRET_VALUES.sub(MASK, text))
+    text = FORTY_HEX.sub(_unless_commit, SECRET_VALUES.sub(MASK, text))
     for value in sorted(_environment_secrets(), key=len, reverse=True):
         text = text.replace(value, MASK)
     return text
+
+
+def _unless_commit(found: re.Match[str]) -> str:
+    return found[0] if found.string[: found.start()].endswith(BEFORE_COMMITS) else MASK
 
 
 def _environment_secrets() -> set[str]:

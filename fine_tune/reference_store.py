@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from fine_tune import safe_load
 from fine_tune.errors import CheckpointError, StorageError
 from fine_tune.storage import write_bytes
 
@@ -78,10 +79,10 @@ class ReferenceStore:
 
     def _load(self) -> Tensor:
         try:
-            with safe_open(str(self.path), framework="pt") as file:
+            with safe_load.opened_tensors(self.path) as file:
                 found: Tensor = file.get_tensor(TENSOR)
                 notes = file.metadata() or {}
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, CheckpointError) as error:
             raise self._refusal(f"damaged ({error})") from error
         if notes.get("key") != self.key or found.shape != self.values.shape or found.dtype != torch.float64:
             raise self._refusal("written for other data, another reference or another plan")

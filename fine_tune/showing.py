@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fine_tune import safe_load
 from fine_tune.config import find_conf_dir
 from fine_tune.errors import ConfigError
 from fine_tune.overrides import for_hydra, group_options, read_words
@@ -41,7 +41,7 @@ def help_text(overrides: Sequence[str]) -> str:
             composed = OmegaConf.to_yaml(compose("train", overrides=for_hydra(overrides, groups)))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(str(error).splitlines()[0]) from error
-    said = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))["hydra"]["help"]
+    said = safe_load.yaml_text((folder / "train.yaml").read_text(encoding="utf-8"))["hydra"]["help"]
     listed = "\n".join(f"{group}: {', '.join(options)}" for group, options in sorted(groups.items()))
     return (
         f"{said['header']}\n\n== Groups: choose with group=option ==\n\n{listed}\n\n"

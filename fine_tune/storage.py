@@ -36,6 +36,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
+def append_text(path: Path, text: str) -> None:
+    """Add text to a file; it is not made here: where it is gone, so is its folder, and a new one would hold half of it."""
+    with storage_errors(path, every=True), os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND), "a", encoding="utf-8") as stream:
+        stream.write(text)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that any parser reads: a number that is not finite becomes null."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=True) + "\n")
@@ -73,12 +79,17 @@ def new_folder(place: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def storage_errors(place: Path) -> Iterator[None]:
-    """Turn a full disk or a refused write into one message."""
+def storage_errors(place: Path, *, every: bool = False) -> Iterator[None]:
+    """Turn a full disk or a refused write into one message.
+
+    Args:
+        place: What is written.
+        every: Whatever else the system says of the place as well: it is no folder, a link to nowhere, a name too long.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (
+        if not every and error.errno not in (
             errno.ENOSPC,
             errno.EDQUOT,
             errno.EFBIG,
@@ -86,10 +97,16 @@ def storage_errors(place: Path) -> Iterator[None]:
             errno.EACCES,
             errno.EIO,
             errno.ENAMETOOLONG,
+            # A folder that may not change or is none, and no file handle left.
+            errno.EPERM,
+            errno.ENOTDIR,
+            errno.EMFILE,
+            errno.ENFILE,
         ):
             raise
         raise StorageError(
-            f"cannot write {place}: {os.strerror(error.errno)}. Earlier checkpoints are untouched; free space or set run_dir=."
+            f"cannot write {place}: {os.strerror(error.errno or errno.EIO)}. Earlier checkpoints are untouched; free space or set "
+            "run_dir=."
         ) from error
 
 

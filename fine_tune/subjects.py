@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import PeftModel
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fine_tune import assembly, checkpoints
+from fine_tune import assembly, checkpoints, safe_load
 from fine_tune.device import DevicePlan
-from fine_tune.errors import CheckpointError, ConfigError
+from fine_tune.errors import CheckpointError, ConfigError, UnsafeArtifact
 from fine_tune.evaluation.protocol import Subject
 from fine_tune.models.adapter import (
     AdapterSpec,
@@ -29,6 +27,7 @@ from fine_tune.models.adapter import (
     replace_adapter,
     spec_of_folder,
 )
+from fine_tune.models.adapter_source import read_settings
 from fine_tune.models.base import BaseSpec, load_base
 from fine_tune.models.fingerprint import base_fingerprint
 from fine_tune.models.hub import resolve_model
@@ -80,14 +79,27 @@ def find(words: Sequence[str], defaults: Mapping[str, Any]) -> list[Named]:
 
     Raises:
         CheckpointError: A word names nothing that can be evaluated.
+        UnsafeArtifact: A run's own config asks for code of a model's repository, which nobody typed.
     """
     found = [None if word == BASE else _find(word, defaults) for word in words]
+    _refuse_unasked_code(found, defaults)
     owner = next((named for named in found if named is not None and (named.run or not named.whole)), None)
     # Of a run that trained every weight, its own model stands under the adapter's folder; the base is what it started from.
     cfg = defaults if owner is None else owner.cfg if owner.run is None else _read_config(owner.run)
     run = None if owner is None else owner.run
     named = [Named(BASE, cfg, None, run) if one is None else one for one in found]
     return _distinct(named)
+
+
+def _refuse_unasked_code(found: Sequence[Named | None], defaults: Mapping[str, Any]) -> None:
+    """Let a run's folder, which may come from anywhere, run nothing: the user says so each time."""
+    for named in found:
+        model = {} if named is None or named.run is None else named.cfg["model"]
+        if model.get("trust_remote_code") and not defaults["model"]["trust_remote_code"]:
+            raise UnsafeArtifact(
+                f"ckpt={named.label if named else BASE}: its config.yaml asks to run code from the repository of "
+                f"{model['path']} (revision {model['revision']}). Read that code, then pass model.trust_remote_code=true."
+            )
 
 
 def _find(word: str, defaults: Mapping[str, Any]) -> Named:
@@ -134,7 +146,7 @@ def _of_adapter(folder: Path, label: str, defaults: Mapping[str, Any]) -> Named:
         run = folder.parent
         label = _label(f"{run.name}-{folder.name}")
         return Named(label, _read_config(run), find_adapter_file(folder, key="ckpt"), run, place=run)
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_settings(folder / "adapter_config.json", key="ckpt")
     model = dict(defaults["model"])
     if defaults.get("model_is_default", True) and settings.get("base_model_name_or_path"):
         model |= {"path": settings["base_model_name_or_path"], "revision": settings.get("revision")}
@@ -143,9 +155,9 @@ def _of_adapter(folder: Path, label: str, defaults: Mapping[str, Any]) -> Named:
 
 def _read_config(run: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return {key: found[key] for key in ("model", "method", "data", "objective")}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        found = safe_load.yaml_text((run / "config.yaml").read_text(encoding="utf-8"))
+        return {key: dict(found[key]) for key in ("model", "method", "data", "objective")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{run}: its config.yaml cannot be read ({type(error).__name__}).") from error
 
 
@@ -216,7 +228,7 @@ class Stage:
 
     def _load(self, named: Named) -> nn.Module:
         if named.whole:
-            own = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            own = safe_load.json_object(self.folder / "config.json")
             name = own.get("dtype") or own.get("torch_dtype") or "float32"
             dtype: torch.dtype = getattr(torch, name)
             return load_base(BaseSpec(self.folder, 16, dtype, dtype, self.plan.device))
@@ -242,7 +254,7 @@ class Stage:
             if not isinstance(self.network, PeftModel) or spec != self._spec:
                 self.network = replace_adapter(self.network, spec)
                 self._spec = spec
-            load_trained_state(self.network, load_file(str(named.weights)), origin=str(named.weights))
+            load_trained_state(self.network, safe_load.tensors(named.weights), origin=str(named.weights))
         precision = torch.float32 if self.whole else self.plan.compute_dtype
         base = named.weights is None and isinstance(self.network, PeftModel)
         return Subject(self.network, self.tokenizer, template, self.plan.device, precision, base)

@@ -7,6 +7,9 @@ from typing import Any
 
 from rich import get_console
 from rich.table import Table
+from rich.text import Text
+
+from fine_tune.visible import visible
 
 KEYS = (
     "run_name", "objective", "method", "model", "epochs", "steps", "total_flops", "wall_seconds", "train_seconds",
@@ -55,12 +58,12 @@ def complete(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def show(summary: Mapping[str, Any], folder: str) -> None:
     """Print the run's figures; a row without a value is left out."""
-    table = Table(title=f"{summary['run_name']}", title_justify="left", show_header=False)
+    table = Table(title=Text(visible(str(summary["run_name"]))), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for label, key, form in ROWS:
         if summary.get(key) is not None:
-            table.add_row(label, form.format(summary[key], unit=summary["loss_unit"]))
+            table.add_row(label, Text(visible(form.format(summary[key], unit=summary["loss_unit"]))))
     console = get_console()
     console.print(table)
-    console.print(f"everything is in {folder}", markup=False, highlight=False)
+    console.print(visible(f"everything is in {folder}"), markup=False, highlight=False)

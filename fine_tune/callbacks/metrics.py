@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from fine_tune.modules.step import stepping
-from fine_tune.storage import finite, read_lines, write_text
+from fine_tune.storage import append_text, finite, read_lines, write_text
 from fine_tune.tracking.context import numbers_of
 
 
@@ -94,7 +94,6 @@ class MetricsWriter(pl.Callback):
         if line is None or not trainer.is_global_zero:
             return
         line = finite(line)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+        append_text(self.path, json.dumps(line) + "\n")
         for logger in trainer.loggers:
             logger.log_metrics(numbers_of(line), step=line["step"])

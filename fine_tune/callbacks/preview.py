@@ -17,6 +17,7 @@ from fine_tune.rng import untouched_rng
 from fine_tune.storage import finite, read_lines, write_text
 from fine_tune.text.conversation import Message
 from fine_tune.tracking.mailbox import Mailbox
+from fine_tune.visible import blanked
 
 
 class GenerationPreview(pl.Callback):
@@ -109,5 +110,5 @@ def _show(step: int, rows: list[dict[str, Any]]) -> None:
 
 
 def _brief(text: str, limit: int = 240) -> str:
-    printable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    printable = blanked(text, kept="\n")
     return printable if len(printable) <= limit else printable[: limit - 3] + "..."

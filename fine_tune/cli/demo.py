@@ -7,8 +7,9 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from fine_tune.cli.verb import tell
 from fine_tune.errors import ConfigError, FineTuneError
-from fine_tune.report.visible import visible
+from fine_tune.visible import visible
 
 USAGE = """usage: fine-tune demo [out=<folder>] [open=true|false]
 
@@ -31,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out, shown = _read(words)
         report = demo(out)
     except FineTuneError as error:
-        # Paths in it may hold anything.
-        print(visible(str(error)), file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         return 130
     print(visible(f"the report: {report}"))

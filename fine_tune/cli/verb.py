@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from fine_tune.errors import FineTuneError
-from fine_tune.report.visible import visible
+from fine_tune.redaction import masked
+from fine_tune.visible import visible
+
+# Of an unexpected traceback, as many as a screen keeps in view together with the line above them.
+LAST_LINES = 14
 
 
 def run_verb(
@@ -27,9 +32,26 @@ def run_verb(
     try:
         action(words)
     except FineTuneError as error:
-        # Ids and paths in it come from files.
-        print(visible(str(error)), file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        return tell_unexpected(error)
     return 0
+
+
+def tell(error: FineTuneError) -> int:
+    """Print an error on stderr and return its exit code.
+
+    Ids, paths and other libraries' words in it come from anywhere: they act on no terminal, and no secret is in them.
+    """
+    print(visible(masked(str(error))), file=sys.stderr)
+    return error.exit_code
+
+
+def tell_unexpected(error: Exception) -> int:
+    """Print the end of the traceback of a mistake of our own, without secrets, and return its exit code."""
+    lines = masked("".join(traceback.format_exception(error))).rstrip().splitlines()
+    told = "\n".join(["unexpected error; error.log in the run's folder has all of it:", *lines[-LAST_LINES:]])
+    print(visible(told), file=sys.stderr)
+    return 1

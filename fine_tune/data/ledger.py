@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fine_tune.errors import DataError
+from fine_tune.visible import visible
 
 Split = Literal["train", "val", "unsplit"]
 MAX_EXAMPLES = 5
@@ -246,9 +247,9 @@ class Ledger:
         for (source, split), tally in self.tallies.items():
             counts = (tally.read, tally.kept, tally.cut.total(), tally.dropped.total())
             tokens = (_brief(tally.tokens.kept), _brief(tally.tokens.supervised))
-            table.add_row(escape(source), split, *(f"{n:,}" for n in counts), *tokens)
+            table.add_row(escape(visible(source)), split, *(f"{n:,}" for n in counts), *tokens)
             for reason, count in tally.dropped.most_common():
-                table.add_row("", f"  {escape(reason)}", "", "", "", f"{count:,}", "", "", style="dim")
+                table.add_row("", f"  {escape(visible(reason))}", "", "", "", f"{count:,}", "", "", style="dim")
         return table
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fine_tune.data.prepare import Prepared, PrepareSpec, prepare
 from fine_tune.data.table import TokenTable
+from fine_tune.errors import EnvironmentProblem
 from fine_tune.packing.batches import MicroBatch, Sample, StepBatch, pack
 from fine_tune.packing.plan import Planner, best_fit
 from fine_tune.text.template import ChatTemplate
@@ -105,7 +106,7 @@ class PackedDataModule(pl.LightningDataModule):
         return self._loader(PackedTable(self.prepared.val, self.micro_batch_tokens, rank=rank, num_ranks=world), None)
 
     def _loader(self, dataset: Dataset[Any], sampler: Sampler[int] | None) -> DataLoader[Any]:
-        return DataLoader(
+        return StepLoader(
             dataset,
             batch_size=None,
             sampler=sampler,
@@ -116,6 +117,31 @@ class PackedDataModule(pl.LightningDataModule):
             worker_init_fn=leave_signals_to_the_run,
             persistent_workers=False,
         )
+
+
+class StepLoader(DataLoader[Any]):
+    """A loader that tells in a sentence when one of its processes has died."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Serve the batches.
+
+        Raises:
+            EnvironmentProblem: A process that builds batches was killed.
+        """
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise EnvironmentProblem(
+                    f"trainer.num_workers={self.num_workers}: a process that builds batches has died ({error}). If memory ran "
+                    "out, pass trainer.num_workers=0. Go on with resume=<run folder>."
+                ) from error
+            yield batch
 
 
 def leave_signals_to_the_run(worker: int) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fine_tune import safe_load
 from fine_tune.errors import DataError, UnsafeArtifact
 
 
@@ -64,34 +63,23 @@ def _unknown_metrics(cfg: Mapping[str, Any], foreign: bool) -> list[str]:
     ]
 
 
-class _Reader(yaml.SafeLoader):
-    """Reads a task file without resolving anything."""
-
-    calls: list[str]
-
-
-def _called(loader: _Reader, node: yaml.Node) -> str:
-    loader.calls.append(str(node.value))
-    return str(node.value)
-
-
-_Reader.add_constructor("!function", _called)
-
-
 def _code_of(file: Path, seen: set[Path]) -> list[str]:
     """Tell what Python a task file calls for, itself or through the files that it includes."""
     if file in seen:
         return []
     seen.add(file)
+    calls: list[str] = []
+
+    def noted(name: str) -> str:
+        calls.append(name)
+        return name
+
     try:
-        with file.open("rb") as stream:
-            reader = _Reader(stream)
-            reader.calls = []
-            found = reader.get_single_data()
-    except (OSError, yaml.YAMLError) as error:
+        found = safe_load.yaml_text(file.read_text(encoding="utf-8"), tags={"!function": noted})
+    except (OSError, ValueError) as error:
         raise DataError(f"{file}: cannot be read ({str(error).splitlines()[0]}). Correct the task file.") from error
     found = found if isinstance(found, dict) else {}
-    called = [f"calls {name} ({file.name})" for name in reader.calls]
+    called = [f"calls {name} ({file.name})" for name in calls]
     if "class" in found and not called:
         called.append(f"names a class ({file.name})")
     included = found.get("include") or []

@@ -24,6 +24,7 @@ from fine_tune.evaluation.paired import (
     sign_flip,
 )
 from fine_tune.evaluation.same_items import Line, check_same_items, is_binary
+from fine_tune.visible import blanked
 
 Word = Literal["better", "worse", "cannot tell"]
 
@@ -164,7 +165,7 @@ def verdict_table(verdict: Verdict) -> Table:
     table = Table(title=Text(verdict.sentence), title_justify="left", expand=False)
     table.add_column("group", overflow="fold")
     for name in ("items", *verdict.names, "gained", "lost", "p", "Holm p"):
-        table.add_column(Text(_printable(name)), justify="right")
+        table.add_column(Text(blanked(name)), justify="right")
     table.add_column("verdict")
     everything = Group(
         "all", verdict.num_items, verdict.mean_a, verdict.mean_b, verdict.num_gained, verdict.num_lost,
@@ -175,7 +176,7 @@ def verdict_table(verdict: Verdict) -> Table:
         adjusted = "" if row is everything else _short(row.adjusted_p)
         counts = [f"{count:,}" for count in (row.num_gained, row.num_lost)]
         cells = [f"{row.num_items:,}", *means, *counts, _short(row.p), adjusted, row.word]
-        table.add_row(Text(_printable(row.name)), *cells, end_section=row is everything)
+        table.add_row(Text(blanked(row.name)), *cells, end_section=row is everything)
     return table
 
 
@@ -240,24 +241,24 @@ def _groups(
 
 
 def _flips_seen(verdict: Verdict) -> str:
-    one, two = map(_printable, verdict.names)
+    one, two = map(blanked, verdict.names)
     change = round(verdict.difference * verdict.num_items)
     amount = f"{abs(change):,} {'more' if change > 0 else 'fewer'} of" if change else "as many of"
-    right = ("answers", " right") if verdict.field == "correct" else (f"has {_printable(verdict.field)} in", "")
+    right = ("answers", " right") if verdict.field == "correct" else (f"has {blanked(verdict.field)} in", "")
     than = "than" if change else "as"
     evidence = f"({verdict.num_gained} gained, {verdict.num_lost} lost; exact McNemar p = {_short(verdict.p)})"
     return f"{two} {right[0]} {amount} {_count(verdict.num_items, 'item')}{right[1]} {than} {one} {evidence}"
 
 
 def _scores_seen(verdict: Verdict) -> str:
-    one, two = map(_printable, verdict.names)
+    one, two = map(blanked, verdict.names)
     change = verdict.difference
     amount = f"{abs(change):.3g} {'higher' if change > 0 else 'lower'} than" if change else "the same as"
     ends = verdict.interval
     spread = f"{100 * (1 - LEVEL):.0f} % interval {ends[0]:.3g} to {ends[1]:.3g}, " if ends else ""
     evidence = f"({spread}sign-flip p = {_short(verdict.p)})"
     over = f"over {_count(verdict.num_items, 'item')} " if verdict.word != "cannot tell" else ""
-    return f"mean {_printable(verdict.called or verdict.field)} of {two} is {amount} that of {one} {over}{evidence}"
+    return f"mean {blanked(verdict.called or verdict.field)} of {two} is {amount} that of {one} {over}{evidence}"
 
 
 def _wanted(verdict: Verdict) -> str:
@@ -275,8 +276,3 @@ def _short(p: float) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _printable(text: str) -> str:
-    """Replace what could steer a terminal or turn the writing direction."""
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors.torch import load_file
 
-from fine_tune import assembly
+from fine_tune import assembly, safe_load
 from fine_tune.device import DTYPES, DevicePlan, plan_device
 from fine_tune.errors import CheckpointError, RunLocked
 from fine_tune.merging import files
@@ -50,7 +48,7 @@ def merge(cfg: Mapping[str, Any], settings: MergeSettings) -> dict[str, Any]:
     plan = plan_device(accelerator=cfg["accelerator"], devices=1, num_nodes=1, precision="32-true")
     named = find([cfg["ckpt"]], cfg)[0]
     folder = _folder_of(named)
-    choice = choose(named, settings, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    choice = choose(named, settings, safe_load.json_object(folder / "config.json"))
     with untouched_rng(), _alone(choice.out):
         job = _Job(named, choice, plan, folder)
         check_disk(choice.out, total_bytes(job.weights.slots()))
@@ -122,7 +120,7 @@ class _Job:
     def _trained(self) -> Trained:
         if self.named.weights is None:
             return Trained()
-        state = load_file(str(self.named.weights))
+        state = safe_load.tensors(self.named.weights)
         return read_trained(state, spec_of(self.named, self.tokenizer), origin=f"ckpt={self.named.label}")
 
     def write(self, place: Path, shard_bytes: float) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fine_tune import safe_load
 from fine_tune.device import fits
 from fine_tune.errors import CheckpointError
 from fine_tune.evaluation.generate import Generated
@@ -80,7 +80,7 @@ def reload(
         (place / "question.json").write_text(json.dumps(question), encoding="utf-8")
         _run(place)
         answer = json.loads((place / "answer.json").read_text(encoding="utf-8"))
-        logits = load_file(str(place / "logits.safetensors"))
+        logits = safe_load.tensors(place / "logits.safetensors")
     if answer["problems"]:
         raise CheckpointError(
             f"{folder.name}: tensors without a place after reloading: {', '.join(answer['problems'][:4])}."

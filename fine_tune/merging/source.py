@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from fine_tune import safe_load
 from fine_tune.errors import CheckpointError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -55,10 +55,7 @@ class Source:
         if self._open is None or self._open[0] != file:
             # The old one first: its pages count as ours as long as it is mapped.
             self._open = None
-            try:
-                self._open = (file, safe_open(str(file), framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: damaged or missing ({error}). Fetch the file again.") from error
+            self._open = (file, safe_load.opened_tensors(file, advice="Fetch the file again."))
         return self._open[1]
 
 
@@ -69,7 +66,7 @@ def _files(folder: Path) -> Iterable[Path]:
     if not index.is_file():
         raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}. Convert the weights to safetensors first.")
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = safe_load.json_object(index)["weight_map"].values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: damaged ({error}). Fetch the file again.") from error
     return [folder / Path(name).name for name in sorted(set(names))]

@@ -13,14 +13,22 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fine_tune import safe_load
 from fine_tune.errors import CheckpointError, ConfigError
-from fine_tune.models.adapter_source import IDENTITY_FILE, PEFT_CONFIG, check_base, check_settings, find_adapter
+from fine_tune.models.adapter_source import (
+    IDENTITY_FILE,
+    PEFT_CONFIG,
+    WEIGHTS_HASH,
+    check_base,
+    check_settings,
+    find_adapter,
+    read_settings,
+)
 from fine_tune.models.vocabulary import trained_tables
+from fine_tune.storage import sha256
 
 ADAPTER = "default"
 # What scales an adapter's update: PEFT's key and ours.
@@ -138,6 +146,8 @@ def save_adapter_folder(model: nn.Module, folder: Path, identity: dict[str, Any]
             model.save_pretrained(str(folder), save_embedding_layers=False)
         else:
             causal_lm(model).save_pretrained(str(folder))
+    if isinstance(model, PeftModel):
+        identity = {**identity, WEIGHTS_HASH: sha256(folder / "adapter_model.safetensors")}
     (folder / IDENTITY_FILE).write_text(json.dumps(identity, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -162,7 +172,7 @@ def check_adapter(folder: Path, base_fingerprint: str, *, key: str = "init_from"
 def adapter_record(folder: Path, *, key: str = "init_from") -> dict[str, Any]:
     """Return what an adapter of ours says about itself (base, template, tokenizer, step); nothing for a foreign one."""
     _, identity = find_adapter(folder, key=key)
-    return dict(json.loads(identity.read_text(encoding="utf-8"))) if identity.is_file() else {}
+    return read_settings(identity, key=key) if identity.is_file() else {}
 
 
 def load_initial_adapter(
@@ -183,26 +193,29 @@ def load_initial_adapter(
     weights, _ = find_adapter(folder, key=key)
     warning = check_adapter(folder, base_fingerprint, key=key)
     _check_scaling(model, weights.parent, origin=f"{key}={folder}")
-    try:
-        state = load_file(str(weights))
-    except SafetensorError as error:
-        raise CheckpointError(f"{weights}: damaged ({error}). Use another checkpoint.") from error
-    load_trained_state(model, state, origin=f"{key}={folder}")
+    load_trained_state(model, safe_load.tensors(weights), origin=f"{key}={folder}")
     return warning
 
 
 def spec_of_folder(folder: Path) -> AdapterSpec:
-    """Read an adapter's shape and scaling from its PEFT config."""
-    found = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
-    return AdapterSpec(
-        trains="adapter",
-        rank=found["r"],
-        alpha=found["lora_alpha"],
-        target_modules=found["target_modules"],
-        rank_stabilized=bool(found.get("use_rslora")),
-        use_dora=bool(found.get("use_dora")),
-        new_tokens=_trained_tokens(found),
-    )
+    """Read an adapter's shape and scaling from its PEFT config.
+
+    Raises:
+        CheckpointError: The config is damaged.
+    """
+    found = read_settings(folder / PEFT_CONFIG, key="ckpt")
+    try:
+        return AdapterSpec(
+            trains="adapter",
+            rank=found["r"],
+            alpha=found["lora_alpha"],
+            target_modules=found["target_modules"],
+            rank_stabilized=bool(found.get("use_rslora")),
+            use_dora=bool(found.get("use_dora")),
+            new_tokens=_trained_tokens(found),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"{folder / PEFT_CONFIG} does not say {error}. Restore it, or use another adapter.") from error
 
 
 def _trained_tokens(config: dict[str, Any]) -> list[int]:
@@ -235,7 +248,7 @@ def _check_scaling(model: nn.Module, folder: Path, *, origin: str) -> None:
     theirs: dict[str, Any] = {}
     for file, part in ((PEFT_CONFIG, None), ("manifest.json", "scaling")):
         if (folder / file).is_file():
-            found = json.loads((folder / file).read_text(encoding="utf-8"))
+            found = read_settings(folder / file, key=origin.partition("=")[0])
             theirs = found.get(part, {}) if part else found
     mine = scaling(model)
     if isinstance(model, PeftModel) and (tokens := _trained_tokens(theirs)):

@@ -8,10 +8,14 @@ from typing import Any
 
 from peft import LoraConfig
 
+from fine_tune import safe_load
 from fine_tune.errors import CheckpointError, UnsafeArtifact
+from fine_tune.storage import sha256
 
 IDENTITY_FILE = "fine_tune.json"
 PEFT_CONFIG = "adapter_config.json"
+# In the identity file: of the weights beside it.
+WEIGHTS_HASH = "weights_sha256"
 # Settings that ours has too, that say nothing about the weights, or that the names of the tensors decide.
 SEEN_ELSEWHERE = {
     "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "exclude_modules", "trainable_token_indices",
@@ -32,7 +36,7 @@ def find_adapter(folder: Path, *, key: str) -> tuple[Path, Path]:
 
     Raises:
         CheckpointError: There is no adapter.
-        UnsafeArtifact: Its weights are a pickle file.
+        UnsafeArtifact: Its weights are a pickle file, or a link leads out of its folder.
     """
     for place, weights, identity in (
         (folder / "adapter", "adapter_model.safetensors", IDENTITY_FILE),
@@ -40,6 +44,7 @@ def find_adapter(folder: Path, *, key: str) -> tuple[Path, Path]:
         (folder, "adapter.safetensors", "manifest.json"),
     ):
         if (place / weights).is_file():
+            safe_load.refuse_foreign_links(place, key=key)
             return place / weights, place / identity
     if (folder / "adapter" / "model.safetensors").is_file():
         whole = folder / "adapter"
@@ -59,21 +64,47 @@ def _what_is_missing(folder: Path) -> str:
     return "no adapter there. Pass a run, a checkpoint or a PEFT adapter folder."
 
 
+def read_settings(file: Path, *, key: str) -> dict[str, Any]:
+    """Read a file of settings beside an adapter's weights.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    try:
+        return safe_load.json_object(file)
+    except safe_load.Unreadable as error:
+        raise CheckpointError(f"{key}: {file} is damaged ({error}). Restore it, or use another adapter.") from error
+
+
 def check_base(folder: Path, identity: Path, base_fingerprint: str, *, key: str) -> str | None:
     """Compare the base that an adapter names with this one; return a warning where it names none.
 
     Raises:
-        CheckpointError: It is another base.
+        CheckpointError: It is another base, or the weights are damaged.
     """
     if not identity.is_file():
         return f"{key}={folder}: a foreign PEFT adapter with no record of its base; shapes fit, the rest is not checked."
-    recorded = json.loads(identity.read_text(encoding="utf-8")).get("base_fingerprint")
+    known = read_settings(identity, key=key)
+    _check_weights(identity.parent, known, key=key)
+    recorded = known.get("base_fingerprint")
     if recorded != base_fingerprint:
         raise CheckpointError(
             f"{key}={folder}: it belongs to another base model (fingerprint {str(recorded)[:12]}, this base has "
             f"{base_fingerprint[:12]}). Set model= to the base it was trained on."
         )
     return None
+
+
+def _check_weights(place: Path, known: dict[str, Any], *, key: str) -> None:
+    """Refuse weights that are not those of which the file beside them speaks, such as after a bit of them has flipped."""
+    recorded = {"adapter_model.safetensors": known.get(WEIGHTS_HASH)}
+    files = known.get("files")
+    if isinstance(files, dict):
+        recorded |= {name: entry.get("sha256") for name, entry in files.items() if isinstance(entry, dict)}
+    for name, digest in recorded.items():
+        file = place / name
+        if digest is not None and file.is_file() and sha256(file) != digest:
+            raise CheckpointError(f"{key}: the content of {file} is not what was saved. Use another checkpoint, or a copy of it.")
 
 
 def check_settings(folder: Path, place: Path, *, key: str) -> None:
@@ -88,7 +119,7 @@ def check_settings(folder: Path, place: Path, *, key: str) -> None:
         CheckpointError: It has settings that ours do not have; they are named.
     """
     file = place / PEFT_CONFIG
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = read_settings(file, key=key) if file.is_file() else {}
     kind = found.get("peft_type", "LORA")
     if kind != "LORA":
         raise CheckpointError(f"{key}={folder}: a PEFT adapter of type {kind}. Only LoRA adapters can be taken.")

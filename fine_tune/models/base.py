@@ -54,6 +54,8 @@ def load_base(spec: BaseSpec) -> PreTrainedModel:
             attn_implementation=attention.PACKED,
             trust_remote_code=spec.trust_remote_code,
             local_files_only=True,
+            # Never a pickle, also where a folder has no other weights.
+            use_safetensors=True,
             **options,
         )
     except torch.OutOfMemoryError as error:

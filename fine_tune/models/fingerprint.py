@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from fine_tune import safe_load
 from fine_tune.errors import CheckpointError
 
 SAMPLE_BYTES = 4096
@@ -26,10 +26,13 @@ def base_fingerprint(folder: Path) -> str:
     """Hash config, tensor names, shapes, dtypes and the first 4 KiB of every tensor of a model folder.
 
     Raises:
-        CheckpointError: No safetensors file, or one whose header is damaged.
+        CheckpointError: No safetensors file, one whose header is damaged, or a config that cannot be read.
     """
     digest = hashlib.sha256()
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = safe_load.json_object(folder / "config.json")
+    except safe_load.Unreadable as error:
+        raise CheckpointError(f"{folder / 'config.json'}: damaged ({error}). Fetch the model again.") from error
     kept = {key: value for key, value in config.items() if key not in VOLATILE}
     digest.update(json.dumps(kept, sort_keys=True).encode())
     files = sorted(folder.glob("*.safetensors"))
@@ -43,14 +46,11 @@ def base_fingerprint(folder: Path) -> str:
 
 def _tensors(file: Path) -> Iterator[tuple[str, tuple[str, str, bytes]]]:
     """Yield (name, (dtype, shape, first bytes)) straight from the file's header."""
+    # Checks the whole header first: sizes, and that tensors lie side by side without a gap.
+    safe_load.opened_tensors(file, advice="Fetch the file again.")
     with file.open("rb") as stream:
-        try:
-            (size,) = struct.unpack("<Q", stream.read(8))
-            if size > 100_000_000:
-                raise ValueError("header larger than 100 MB")
-            header = json.loads(stream.read(size))
-        except (struct.error, ValueError) as error:
-            raise CheckpointError(f"{file}: damaged safetensors header ({error}). Fetch the file again.") from error
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
             begin, end = entry["data_offsets"]

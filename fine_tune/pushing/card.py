@@ -83,10 +83,16 @@ def _hub_datasets(data: Mapping[str, Any]) -> list[str]:
 def _introduction(facts: Facts, repo: str, *, merged: bool, licence: str | None) -> str:
     model = facts.part("model")
     what = "A fine-tuned model" if merged else "An adapter"
-    revision = f", revision {code(model['revision'])}" if model.get("revision") else ""
+    revision = f", revision {code(model['revision'], key='revision')}" if model.get("revision") else ""
     terms = f"Licence of the base: {code(licence)}; it holds for what is made from it." if licence else (
         "The licence of the base is not known here: see where the base comes from, it holds for what is made from it."
     )  # fmt: skip
+    if model.get("trust_remote_code"):
+        pinned = f", commit {code(model['revision'], key='revision')}" if model.get("revision") else ""
+        terms += (
+            f"\n\nThe base runs code of its own: {code(short_name(str(model.get('path'))))}{pinned}. It was trained with "
+            "`model.trust_remote_code=true`; read that code before you load it."
+        )
     return (
         f"# {code(repo.rpartition('/')[2])}\n\n{what}, made from {code(short_name(str(model.get('path'))))}{revision} by "
         f"{code(facts.part('objective').get('name'))}.\n\n{terms}"
@@ -94,9 +100,12 @@ def _introduction(facts: Facts, repo: str, *, merged: bool, licence: str | None)
 
 
 def _use(facts: Facts, repo: str, *, merged: bool) -> str:
-    base = short_name(str(facts.part("model").get("path")))
+    model = facts.part("model")
+    base = short_name(str(model.get("path")))
+    trusted = ", trust_remote_code=True" if model.get("trust_remote_code") else ""
+    pinned = f", revision={model['revision']!r}{trusted}" if trusted and model.get("revision") else trusted
     if merged:
-        lines = ["from transformers import pipeline", f"chat = pipeline('text-generation', model={repo!r})"]
+        lines = ["from transformers import pipeline", f"chat = pipeline('text-generation', model={repo!r}{trusted})"]
         lines.append("print(chat([{'role': 'user', 'content': 'Hello!'}], max_new_tokens=64, return_full_text=False))")
     else:
         lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
@@ -106,9 +115,9 @@ def _use(facts: Facts, repo: str, *, merged: bool) -> str:
             lines.append("# The base as it was in training; `fine-tune merge` makes one model of both.")
             settings = f"load_in_4bit=True, bnb_4bit_quant_type={kind!r}, bnb_4bit_use_double_quant={double!r}"
             lines.append(f"quantised = BitsAndBytesConfig({settings})")
-            lines.append(f"base = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config=quantised)")
+            lines.append(f"base = AutoModelForCausalLM.from_pretrained({base!r}, quantization_config=quantised{pinned})")
         else:
-            lines.append(f"base = AutoModelForCausalLM.from_pretrained({base!r})")
+            lines.append(f"base = AutoModelForCausalLM.from_pretrained({base!r}{pinned})")
         lines.append(f"model = PeftModel.from_pretrained(base, {repo!r})")
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({repo!r})")
     end = code(facts.manifest.get("chat_template"))
@@ -164,7 +173,7 @@ def _command(facts: Facts) -> str:
 
 
 def _table(title: str, values: Mapping[str, Any]) -> str:
-    rows = [f"| {code(name)} | {code(value)} |" for name, value in values.items() if value is not None]
+    rows = [f"| {code(name)} | {code(value, key=name)} |" for name, value in values.items() if value is not None]
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows]) if rows else ""
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fine_tune import safe_load
 from fine_tune.errors import CheckpointError
 
 
@@ -47,8 +45,8 @@ def read_facts(run: Path, merged: Path | None) -> Facts:
         CheckpointError: The folder is no run.
     """
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        config = safe_load.yaml_text((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise CheckpointError(
             f"ckpt={run}: no run with a config.yaml that can be read. Pass a finished run."
         ) from error
@@ -83,6 +81,6 @@ def _object(file: Path) -> dict[str, Any]:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return safe_load.json_text(file.read_bytes())
+    except (OSError, ValueError):
         return None

@@ -14,22 +14,24 @@ PATH = re.compile(r"(?<![\w.:/-])(?:~|[A-Za-z]:)?[/\\](?:[\w.@+ -]+[/\\])*")
 MAX_CHARACTERS = 300
 
 
-def code(value: Any) -> str:
+def code(value: Any, *, key: str = "") -> str:
     r"""Put a value into a code span: no markup, HTML, link or mention in it does anything, and a table keeps its cells.
+
+    ``key`` says what it is: a commit looks like a secret.
 
     Example:
         >>> print(code("a|`b` <img>"))
         `` a\|`b` <img> ``
     """
-    text = one_line(value).replace("|", "\\|")
+    text = one_line(value, key=key).replace("|", "\\|")
     fence = "`" * (_longest_run(text) + 1)
     # The blanks beside the fences are taken off by readers; they part a backtick of the text from them.
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
-def one_line(value: Any) -> str:
+def one_line(value: Any, *, key: str = "") -> str:
     """Write a value on one line, without what acts instead of showing: a line of its own could end the card's front matter."""
-    return brief(" ".join(_safe(value).split()) or "-", MAX_CHARACTERS)
+    return brief(" ".join(_safe(value, key=key).split()) or "-", MAX_CHARACTERS)
 
 
 def block(value: Any) -> str:
@@ -43,8 +45,8 @@ def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
-def _safe(value: Any) -> str:
-    return str(redact(visible(value if isinstance(value, str) else plain(value))))
+def _safe(value: Any, *, key: str = "") -> str:
+    return str(redact(visible(value if isinstance(value, str) else plain(value)), key=key))
 
 
 def without_folders(text: str) -> str:

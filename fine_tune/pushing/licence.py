@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
+from fine_tune import safe_load
 
 # Hub ids begin with these; the values are the hub's own names of licences.
 KNOWN = {
@@ -36,7 +36,7 @@ def licence_of(path: str, folder: Path | None) -> str | None:
 def _front_matter(readme: Path) -> dict[str, object]:
     try:
         text = readme.read_text(encoding="utf-8")
-        found = yaml.safe_load(text.split("---", 2)[1]) if text.startswith("---") else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        found = safe_load.yaml_text(text.split("---", 2)[1]) if text.startswith("---") else {}
+    except (OSError, ValueError, IndexError):
         return {}
     return found if isinstance(found, dict) else {}

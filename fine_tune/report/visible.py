@@ -4,36 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import unicodedata
 from typing import Any
 
 from markupsafe import Markup
 
+from fine_tune.visible import visible as visible
+
 NOTHING = "-"
 MAX_CHARACTERS = 4000
-# Line breaks and tabs are layout; joiners are part of how Persian, Indic scripts and emoji are written.
-KEPT = "\n\t\u200c\u200d"
-# Controls, format characters (bidi marks, tags, zero widths), lone surrogates, line and paragraph separators.
-HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-
-
-def visible(text: str) -> str:
-    r"""Write characters that act instead of showing as escapes.
-
-    Example:
-        >>> print(visible("a\x1b[31mb\u202ec"))
-        a\x1b[31mb\u202ec
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(_escape(c) if c not in KEPT and unicodedata.category(c) in HIDDEN else c for c in text)
-
-
-def _escape(character: str) -> str:
-    code = ord(character)
-    if code < 0x100:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def clean(value: Any) -> Any:

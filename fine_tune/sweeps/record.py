@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -44,12 +43,19 @@ class JobRecord:
     seconds: float = 0.0
 
 
+def _version(file: Path) -> tuple[int, int]:
+    """Tell one writing of a file from the next: each puts a new file in its place."""
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
 class SweepFolder:
     """The record of one sweep, shared by all processes that work on it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.opened_at = time.time()
+        # By what the files are, not by what a clock says of them.
+        self._earlier = {file.name: _version(file) for file in (path / JOBS).glob("*.json")}
 
     def describe(self, facts: Mapping[str, Any]) -> None:
         """Write what the sweep is, without secrets."""
@@ -77,7 +83,7 @@ class SweepFolder:
     def is_done(self, number: int) -> bool:
         """Tell whether a job has ended since this process opened the sweep."""
         file = self._file(number)
-        return self.read(number) is not None and file.stat().st_mtime >= self.opened_at
+        return self.read(number) is not None and _version(file) != self._earlier.get(file.name)
 
     @contextmanager
     def claim(self, number: int) -> Iterator[bool]:

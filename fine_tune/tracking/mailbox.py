@@ -14,6 +14,7 @@ from rich import get_console
 from fine_tune.redaction import masked
 from fine_tune.tracking.context import Ending, RunContext, Tracker
 from fine_tune.tracking.record import Sent
+from fine_tune.visible import visible
 
 # Messages that may wait. At one or two a step, a tracker this far behind is not coming back.
 LIMIT = 10_000
@@ -142,4 +143,4 @@ def _brief(error: Exception, limit: int = 300) -> str:
 
 
 def _say(line: str) -> None:
-    get_console().print(line, style="yellow" if line.startswith("warning") else None, markup=False, highlight=False)
+    get_console().print(visible(line), style="yellow" if line.startswith("warning") else None, markup=False, highlight=False)

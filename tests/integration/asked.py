@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fine_tune
+from fine_tune.storage import sha256
 
 CPU = ["accelerator=cpu", "precision=32-true"]
 QUESTIONS, BATCH = 24, 4
@@ -51,6 +52,10 @@ def spoiled(run: Path, place: Path, change: Callable[[torch.Tensor], torch.Tenso
     shutil.copytree(run, place)
     file = place / "adapter" / "adapter_model.safetensors"
     save_file({name: change(tensor).contiguous() for name, tensor in load_file(file).items()}, file)
+    # As a training that spoiled them would have written it: flipped bits alone are refused.
+    known = json.loads(file.with_name("fine_tune.json").read_text(encoding="utf-8"))
+    text = json.dumps(known | {"weights_sha256": sha256(file)})
+    file.with_name("fine_tune.json").write_text(text, encoding="utf-8")
     return place
 
 

@@ -170,6 +170,20 @@ def test_a_damaged_newest_is_told_and_an_earlier_one_taken(tmp_path: Path) -> No
     assert "step-0000002" in damaged[0]
 
 
+def test_a_manifest_of_another_step_is_found(tmp_path: Path) -> None:
+    folder = save(tmp_path, 8).folder
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"step": 9}))
+    with pytest.raises(CheckpointError, match="of step 9"):
+        checkpoints.verify(folder)
+
+
+def test_a_run_whose_folder_is_gone_is_not_made_again(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="is gone, and step 4 is not saved"):
+        save(tmp_path / "run" / "checkpoints", 4)
+    assert names(tmp_path) == []
+
+
 def test_no_folder_means_no_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.latest(tmp_path / "nowhere") == (None, [])
 

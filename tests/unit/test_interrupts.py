@@ -44,6 +44,29 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not() -> None:
     assert stopped.value.exit_code == 130
 
 
+def test_the_notice_of_a_cluster_means_what_sigterm_means() -> None:
+    with pytest.raises(Interrupted, match="stopped by SIGUSR1 outside training") as stopped, StopSignals():
+        send(signal.SIGUSR1)
+    assert stopped.value.exit_code == 143
+    with StopSignals() as signals:
+        signals.deferred = True
+        send(signal.SIGUSR1)
+        assert signals.received == signal.SIGTERM
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+def test_a_launchers_own_handler_of_the_notice_stays() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
+    try:
+        with StopSignals() as signals:
+            signals.install()
+            send(signal.SIGUSR1)
+            assert (seen, signals.received) == ([signal.SIGUSR1], None)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_earlier_handlers_come_back() -> None:
     before = [signal.getsignal(number) for number in StopSignals.SIGNALS]
     with StopSignals():

@@ -88,7 +88,7 @@ def test_death_before_the_rename_leaves_the_old_file(
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPERM, errno.EMFILE])
 @pytest.mark.parametrize("fail_at", [0, 1])
 def test_a_full_disk_is_one_message_and_the_old_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, fail_at: int

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fine_tune.callbacks.metrics import MetricsWriter
+from fine_tune.errors import StorageError
 from fine_tune.modules.step import StepResult
 from fine_tune.storage import read_lines
 
@@ -159,3 +160,11 @@ def test_lines_up_to_a_step_leave_damaged_ones_out(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(tmp_path / "a")] == [1, 3, 2]
     assert [line["step"] for line in read_lines(tmp_path / "a", up_to_step=2)] == [1, 2]
     assert read_lines(tmp_path / "nowhere") == []
+
+
+def test_a_folder_that_was_taken_away_is_told_and_not_made_again(file: Path) -> None:
+    writer, module = MetricsWriter(file), Module()
+    file.unlink()
+    with pytest.raises(StorageError, match="No such file or directory") as told:
+        writer.on_train_batch_end(trainer_of(), module.do())  # type: ignore[arg-type]
+    assert (told.value.exit_code, file.exists()) == (8, False)

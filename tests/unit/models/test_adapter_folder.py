@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -21,6 +22,7 @@ from fine_tune.models.adapter import (
     attach,
     load_initial_adapter,
     save_adapter_folder,
+    scaling,
     trained_state,
 )
 from fine_tune.models.base import load_base
@@ -72,8 +74,29 @@ def test_plain_peft_reads_the_folder_and_gives_the_same_logits(
 
 def test_the_identity_lies_beside_the_weights(tmp_path: Path) -> None:
     folder = saved(tmp_path / "a")
-    assert json.loads((folder / "fine_tune.json").read_text()) == {"base_fingerprint": BASE, "step": 3}
+    weights = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    known = {"base_fingerprint": BASE, "step": 3, "weights_sha256": weights}
+    assert json.loads((folder / "fine_tune.json").read_text()) == known
     assert sorted(p.suffix for p in folder.iterdir() if p.name.startswith("adapter")) == [".json", ".safetensors"]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
+def test_a_flipped_bit_of_an_adapter_is_found(tmp_path: Path, kind: str) -> None:
+    if kind == "adapter":
+        file = saved(tmp_path / "a") / "adapter_model.safetensors"
+    else:
+        record = {"base_fingerprint": BASE, "scaling": scaling(trained())}
+        made = checkpoints.save(tmp_path, 1, adapter=trained_state(trained()), trainer={}, record=record)
+        file = made.folder / "adapter.safetensors"
+    network = trained(seed=2)
+    load_initial_adapter(network, file.parent, BASE)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    before = {name: tensor.clone() for name, tensor in trained_state(network).items()}
+    with pytest.raises(CheckpointError, match=f"init_from: the content of .*{file.name} is not what was saved"):
+        load_initial_adapter(network, file.parent, BASE)
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained_state(network).items())
 
 
 def test_a_fully_trained_model_is_saved_whole(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from huggingface_hub import errors
 from fine_tune.errors import ConfigError, EnvironmentProblem, UnsafeArtifact
 from fine_tune.models.hub import needs_own_code, resolve_model, resolve_text
 
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
 
 def model_folder(place: Path, config: dict[str, Any] | None = None, **tokenizer: Any) -> Path:
     place.mkdir()
@@ -102,11 +104,47 @@ def test_python_files_come_only_with_trust(tmp_path: Path, monkeypatch: pytest.M
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model("owner/name", revision="v9", trust_remote_code=code) == folder
-    assert (asked["repository"], asked["revision"]) == ("owner/name", "v9")
+    assert resolve_model("owner/name", revision=COMMIT, trust_remote_code=code) == folder
+    assert (asked["repository"], asked["revision"]) == ("owner/name", COMMIT)
     assert ("*.py" in asked["allow_patterns"]) is code
     assert "*.safetensors" in asked["allow_patterns"]
     assert not any("bin" in pattern for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v9", COMMIT[:39], COMMIT.upper()])
+def test_code_of_the_hub_comes_only_from_a_pinned_commit(
+    monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    for resolve in (resolve_model, resolve_text):
+        with pytest.raises(ConfigError, match=r"model\.trust_remote_code=true: .* pinned commit"):
+            resolve("owner/name", revision=revision, trust_remote_code=True)
+
+
+def test_an_adapter_in_a_models_folder_is_told(tmp_path: Path) -> None:
+    # transformers would put it on the base that it names, without a word.
+    folder = model_folder(tmp_path / "m")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/other"}')
+    with pytest.raises(ConfigError, match=r"model\.path=.*: an adapter lies in that folder .*init_from="):
+        resolve_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": "owner/kernel"},
+        {"_attn_implementation": "owner/kernel@main:forward"},
+        {"text_config": {"attn_implementation": "owner/kernel"}},
+        {"experts_implementation": "owner/kernel"},
+    ],
+)
+def test_a_kernel_of_somebody_else_is_code_as_well(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = model_folder(tmp_path / "m", {"model_type": "llama", **config})
+    with pytest.raises(UnsafeArtifact, match=r"_implementation=owner/kernel.*model\.trust_remote_code=true") as refused:
+        resolve_model(str(folder))
+    assert refused.value.exit_code == 10
+    assert resolve_model(str(folder), trust_remote_code=True) == folder
+    assert resolve_model(str(model_folder(tmp_path / "n", {"model_type": "llama", "attn_implementation": "sdpa"})))
 
 
 AUTO_MAP = {"AutoConfig": "canary.Config", "AutoModelForCausalLM": "canary.Model"}
@@ -140,8 +178,8 @@ def test_for_its_tokenizer_no_weights_are_fetched(tmp_path: Path, monkeypatch: p
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_text("owner/name", revision="v9", trust_remote_code=code) == folder
-    assert (asked["repository"], asked["revision"]) == ("owner/name", "v9")
+    assert resolve_text("owner/name", revision=COMMIT, trust_remote_code=code) == folder
+    assert (asked["repository"], asked["revision"]) == ("owner/name", COMMIT)
     assert asked["allow_patterns"] == ["*.json", "*.model", "*.txt", "*.jinja", *(["*.py"] if code else [])]
 
 

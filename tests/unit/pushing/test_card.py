@@ -151,9 +151,21 @@ def test_an_ordinary_card_says_what_matters() -> None:
         "Evaluation: mmlu",
         "0.45",
         "load_in_4bit=True",
+        f"revision {'0' * 40}",
     ):
         assert part in text
     assert "by_subject" not in text
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_code_of_the_bases_repository_is_told(merged: bool) -> None:
+    plain = card(real(), repo="me/model", merged=merged, licence="mit")
+    assert "trust_remote_code" not in plain
+    trusting = real()
+    trusting.config["model"]["trust_remote_code"] = True
+    written = card(trusting, repo="me/model", merged=merged, licence="mit")
+    assert f"The base runs code of its own: `meta-llama/Llama-2-7b-hf`, commit `{'0' * 40}`." in written
+    assert ("trust_remote_code=True" if merged else f"revision='{'0' * 40}', trust_remote_code=True") in written
 
 
 def test_an_unknown_licence_is_said_to_be_unknown() -> None:

@@ -1,0 +1,46 @@
+"""The loader of steps: a worker that dies is told in a sentence, another error stays what it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from torch.utils.data import Dataset
+
+from fine_tune.data.module import StepLoader
+from fine_tune.errors import EnvironmentProblem
+
+
+class Numbers(Dataset[int]):
+    def __init__(self, deadly: int | None = None) -> None:
+        self.deadly = deadly
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> int:
+        if index == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
+
+
+def test_batches_come_as_from_the_loader_below() -> None:
+    assert list(StepLoader(Numbers(), batch_size=None)) == list(range(6))
+
+
+def test_a_worker_that_dies_is_told_with_what_to_do() -> None:
+    with pytest.raises(EnvironmentProblem, match=r"trainer\.num_workers=1: a process that builds batches has died") as told:
+        list(StepLoader(Numbers(deadly=3), batch_size=None, num_workers=1))
+    assert told.value.exit_code == 5
+    assert "resume=" in str(told.value)
+
+
+class Broken(Numbers):
+    def __getitem__(self, index: int) -> int:
+        raise RuntimeError("a fault of our own")
+
+
+def test_another_error_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="a fault of our own"):
+        list(StepLoader(Broken(), batch_size=None))
