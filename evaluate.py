@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from fine_tune.cli.evaluate import main
+from fine_tune.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

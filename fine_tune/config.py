@@ -12,17 +12,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fine_tune import safe_load
 from fine_tune.checks import broken_rules, check_resolved, field_problems, leaf_items
 from fine_tune.errors import ConfigError
 from fine_tune.overrides import Words, expand, group_options, read_words
 from fine_tune.problems import unique, unknown_key
+from fine_tune.references import plain, resolve
 from fine_tune.schema import known_keys
 
 # A value that is typed replaces the default of its alternatives, which belong to the value it replaces.
@@ -37,13 +38,12 @@ REPLACES = {
 OPEN_KEYS = ("data.options.", "data.sources.", "optim.schedule_options.")
 # What may change when a run goes on: how long, where, how fast and how it is watched, never what it computes but for rounding.
 RESUMABLE = re.compile(
-    r"resume|trainer\.(max_steps|max_epochs|num_workers|accelerator|devices)|logger(\..+)?|callbacks\.\w+\.every_n_steps"
-    r"|trainer\.(speed|micro_batch_tokens|recompute|offload|compile|fused_lora|dense_base|memory_limit_gb|capability)|objective\.reference_store"
+    r"resume|trainer\.(max_steps|max_epochs|num_workers|accelerator|devices|num_nodes|strategy)|logger(\..+)?|callbacks\.\w+\.every_n_steps"
+    r"|trainer\.(speed|micro_batch_tokens|recompute|offload|compile|fused_lora|dense_base|memory_limit_gb|capability|checklist)|objective\.reference_store"
 )
+CODE = "model.trust_remote_code"
 # Keys that runs of earlier versions do not have, and what they did.
-LATER_TRAINER_KEYS = {"dense_base": None, "capability": None, "memory_limit_gb": None}
-READABLE_ENVIRONMENT = ("HOSTNAME", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
-RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^{}]*)")
+LATER_TRAINER_KEYS = {"dense_base": None, "capability": None, "memory_limit_gb": None, "checklist": True}
 
 
 class Checked(NamedTuple):
@@ -140,8 +140,8 @@ def _fresh_config(words: Words, problems: list[str], *, multirun: bool) -> dict[
         return {}
     problems += _mode_problems(words, multirun=multirun)
     _apply(words, tree, problems)
-    raw = _plain(tree)
-    cfg, bad = _resolve(tree, raw, problems, words.refused)
+    raw = plain(tree)
+    cfg, bad = resolve(tree, raw, problems, words.refused)
     found, wrong = field_problems(cfg, typed=tuple(words.values), skip=bad, raw=raw)
     problems += [*found, *broken_rules(cfg, bad | wrong)]
     for group in ("callbacks", "logger"):
@@ -159,17 +159,18 @@ def _saved_config(words: Words, problems: list[str]) -> dict[str, Any]:
         problems.append(f"resume = {folder}: no config.yaml in it. Pass the folder of a run, such as runs/<run_name>.")
         return {}
     try:
-        base = yaml.safe_load(saved.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        base = safe_load.yaml_text(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         base = None
     if not isinstance(base, dict):
         problems.append(f"resume = {folder}: its config.yaml cannot be read. Restore it from a copy.")
         return {}
+    problems += _untyped_code(base, words, folder)
     if isinstance(base.get("trainer"), dict):
         base["trainer"] = LATER_TRAINER_KEYS | base["trainer"]
     # Never interpolated: the file is data from a folder, not config of ours.
     for key in (*words.groups, *words.values):
-        if not RESUMABLE.fullmatch(key):
+        if not RESUMABLE.fullmatch(key) and not (key == CODE and words.values.get(key) is True):
             known = key in words.groups or key in known_keys() or key.startswith(OPEN_KEYS)
             advice = "cannot change when a run goes on. Start a new one, such as with init_from="
             problems.append(f"{key}: {advice}{folder}." if known else unknown_key(key, known_keys()))
@@ -179,9 +180,19 @@ def _saved_config(words: Words, problems: list[str]) -> dict[str, Any]:
     tree = OmegaConf.create(copy.deepcopy({key: base.get(key) for key in ("trainer", "callbacks", "logger", "objective")}))
     tree.resume = None
     _apply(words._replace(values=allowed), tree, problems)
-    base |= _plain(tree)
+    base |= plain(tree)
     problems += check_resolved(base)
     return base
+
+
+def _untyped_code(base: Mapping[str, Any], words: Words, folder: Path) -> Iterator[str]:
+    """Refuse to run a model's code because a folder says so: it may come from anywhere."""
+    model = base.get("model")
+    if isinstance(model, dict) and model.get("trust_remote_code") and words.values.get(CODE) is not True:
+        yield (
+            f"resume = {folder}: its config.yaml asks to run code from the model's repository. Read that code, then pass "
+            f"{CODE}=true."
+        )
 
 
 @lru_cache(maxsize=64)
@@ -261,40 +272,3 @@ def _plugin_problem(key: str, words: Words, tree: DictConfig, candidates: Sequen
         return None
     listed = ", ".join(options)
     return f"{key}: {group}.{name} is not part of this run. Choose the option of {group} that has it: {listed}."
-
-
-def _resolve(
-    tree: DictConfig, raw: dict[str, Any], problems: list[str], refused: set[str]
-) -> tuple[dict[str, Any], set[str]]:
-    """Resolve references; keys without a value, or with a reference that leads nowhere, become problems."""
-    bad: set[str] = set()
-    for key, value in leaf_items(raw):
-        sentence = _leaf_problem(key, value, raw["hints"])
-        if sentence is None and isinstance(value, str) and "${" in value:
-            try:
-                OmegaConf.select(tree, key, throw_on_missing=False)
-            except OmegaConfBaseException as error:
-                # A reference to a missing value is reported where it is missing.
-                missing = "MissingMandatoryValue" in str(error) or "InterpolationToMissing" in type(error).__name__
-                sentence = "" if missing else f"{key} = {value}: refers to no key. Write a value, or ${{<known key>}}."
-        if sentence is not None:
-            bad.add(re.sub(r"\[\d+\]", "", key))
-            OmegaConf.update(tree, key, None, force_add=True)
-            problems += [sentence] if sentence and key not in refused else []
-    return _plain(tree, resolve=True), bad
-
-
-def _plain(tree: DictConfig, *, resolve: bool = False) -> dict[str, Any]:
-    container = OmegaConf.to_container(tree, resolve=resolve)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
-
-
-def _leaf_problem(key: str, value: Any, hints: Mapping[str, str]) -> str | None:
-    if value == "???":
-        return f"{key}: no value. {hints.get(key, f'Pass {key}=<value>.')}"
-    for resolver, argument in RESOLVER.findall(value if isinstance(value, str) else ""):
-        if resolver != "oc.env" or argument.split(",")[0].strip() not in READABLE_ENVIRONMENT:
-            readable = ", ".join(READABLE_ENVIRONMENT)
-            return f"{key}: ${{{resolver}:...}} is refused. Write the value; oc.env reads only {readable}."
-    return None

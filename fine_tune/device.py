@@ -6,6 +6,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -62,6 +63,19 @@ class DevicePlan:
         return name if self.num_ranks == 1 else f"{self.num_ranks} x {name}"
 
 
+class Place(NamedTuple):
+    """Which process of a run this is: its rank among all, its rank on this machine, and how many there are."""
+
+    rank: int
+    local_rank: int
+    num_ranks: int
+
+
+def place_in_group() -> Place:
+    """Read this process's place from the environment that a launcher sets."""
+    return Place(*(int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
+
+
 def plan_absent(*, precision: str, capability: str | None = None) -> DevicePlan:
     """Stand for a GPU that is not here, used as ``capability`` says; what it cannot compute in is left to ``plan_device``."""
     use_at_most(None if capability is None else CAPABILITIES[capability])
@@ -102,9 +116,7 @@ def plan_device(
     on_gpu = cuda and accelerator != "cpu"
     # A CPU has no such generations, and torch's switches would be its own, too.
     use_at_most(None if capability is None or not on_gpu else CAPABILITIES[capability])
-    rank, local_rank, num_ranks = (
-        int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank, local_rank, num_ranks = place_in_group()
     if num_ranks != devices * num_nodes:
         raise ConfigError(
             f"trainer.devices={devices}: this is process {rank} of {num_ranks}. Launch one process per device: "

@@ -24,6 +24,8 @@ from fine_tune.callbacks.reference_store import StoredReference
 from fine_tune.callbacks.resume import Resume
 from fine_tune.callbacks.throughput import Throughput
 from fine_tune.callbacks.watch import Watch
+from fine_tune.checklist.first_steps import FirstSteps, Reading
+from fine_tune.checklist.item import Item
 from fine_tune.data.module import PackedDataModule
 from fine_tune.data.table import TokenTable
 from fine_tune.device import DevicePlan
@@ -62,6 +64,8 @@ class Job:
     kept: Kept | None = None
     watcher: Watcher = field(default_factory=Watcher)
 
+    # What the checklist has seen before the layers were compiled.
+    proved: list[Item] = field(default_factory=list)
     # Nothing is left to train: the last step is done, or an early stop ended the run.
     finished: bool = False
 
@@ -133,6 +137,7 @@ def fit(
     for saver in savers:
         saver.record = dict(record)
     others = [c for c in chosen.values() if c is not throughput and c not in savers]
+    others += _checklist(job, answerer)
     resume: list[pl.Callback] = [Resume(job.checkpoint)] if job.checkpoint is not None else []
     stored = _stored_reference(job, data, record)
     # Order matters: counts first, then what uses them, then the checkpoint, and leaving last.
@@ -155,6 +160,13 @@ def fit(
         (_take_best(saver, module, job.path / "checkpoints") for saver in savers if job.plan.rank == 0), module.step
     )
     return Fitted(module, metrics, throughput, step)
+
+
+def _checklist(job: Job, answerer: Answerer) -> list[pl.Callback]:
+    if not job.cfg["trainer"]["checklist"]:
+        return []
+    reading = Reading(answerer.tokenizer, answerer.template)
+    return [FirstSteps(job.path, reading, before=job.proved, batch_kind=job.cfg["data"]["batch"])]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from fine_tune.device import DTYPES, DevicePlan
 from fine_tune.memory.choice import USABLE, Choice, choose
 from fine_tune.memory.estimate import Footprint, Step, Stored, Trained, footprint
-from fine_tune.memory.shape import ModelShape, UnknownShape, read_shape
+from fine_tune.memory.shape import LinearShape, ModelShape, UnknownShape, read_shape
 from fine_tune.models.execution import Execution
 from fine_tune.speed import chosen_execution, speeds_for
 
@@ -148,7 +148,7 @@ class Estimator:
     def of(cls, cfg: Mapping[str, Any], shape: ModelShape, device: DevicePlan) -> Estimator:
         """Take what decides memory from a config."""
         method, everything = cfg["method"], cfg["method"]["trains"] == "all"
-        adapted = () if everything else tuple(one for one in shape.linears if _adapts(method["target_modules"], one.name))
+        adapted = () if everything else adapted_layers(method["target_modules"], shape)
         optimizer = cfg["optim"]["_target_"].rpartition(".")[2]
         paged = PAGED_BYTES.get(optimizer, 0) if cfg["trainer"]["memory_limit_gb"] is not None else 0
         dtype, half = DTYPES[cfg["model"]["dtype"]], device.compute_dtype.itemsize == 2
@@ -183,6 +183,7 @@ def _reference_copies(cfg: Mapping[str, Any]) -> int:
     return 1
 
 
-def _adapts(targets: str | list[str], name: str) -> bool:
-    """Tell whether a linear layer of the decoder's layers is adapted, as PEFT would."""
-    return isinstance(targets, str) or any(name == one or name.endswith(f".{one}") for one in targets)
+def adapted_layers(targets: str | list[str], shape: ModelShape) -> tuple[LinearShape, ...]:
+    """Choose the linear layers of a decoder layer that are adapted, as PEFT does."""
+    every = isinstance(targets, str)
+    return tuple(one for one in shape.linears if every or any(f".{one.name}".endswith(f".{name}") for name in targets))

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import rich
-import yaml
 
-from fine_tune import checkpoints
+from fine_tune import checkpoints, safe_load
 from fine_tune.assembly import prepare_spec
 from fine_tune.data.prepare import data_fingerprint
-from fine_tune.device import DevicePlan
 from fine_tune.errors import CheckpointError, ConfigError
 from fine_tune.models.adapter import find_adapter_file
 from fine_tune.report.visible import visible
@@ -23,10 +21,12 @@ from fine_tune.rules import select
 from fine_tune.run_folder import (
     CONFIG,
     SUMMARY,
+    RunFolder,
     choose_folder,
     config_hash,
     default_name,
     open_folder,
+    open_new,
     refuse_to_delete,
 )
 from fine_tune.storage import sha256
@@ -36,24 +36,37 @@ READ_FROM = ("init_from", "objective.reference", "objective.reference_store", "d
 
 
 @contextmanager
-def opened(cfg: Mapping[str, Any], plan: DevicePlan) -> Iterator[tuple[Path, checkpoints.Checkpoint | None]]:
+def opened(cfg: Mapping[str, Any], *, rank: int) -> Iterator[tuple[Path, checkpoints.Checkpoint | None]]:
     """Open the run's folder, new or to go on with, and find the checkpoint to go on from.
 
     Only rank 0 owns the folder; what other ranks write goes to a folder that vanishes.
     """
-    path, notes = _place(cfg)
-    found, damaged = checkpoints.latest(path / "checkpoints") if not cfg["overwrite"] else (None, [])
-    if plan.rank > 0:
+    if rank > 0:
+        found, _ = _latest(cfg, _place(cfg)[0])
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch), found
         return
-    folder = open_folder(path)
+    folder, notes = _open(cfg)
+    found, damaged = _latest(cfg, folder.path)
     for line in [*damaged, *notes]:
         say(line)
     try:
         yield folder.path, found
     finally:
         folder.close()
+
+
+def _latest(cfg: Mapping[str, Any], path: Path) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+    return (None, []) if cfg["overwrite"] else checkpoints.latest(path / "checkpoints")
+
+
+def _open(cfg: Mapping[str, Any]) -> tuple[RunFolder, list[str]]:
+    """Open the run's folder; of several processes that start a new run at one moment each gets its own."""
+    path, notes = _place(cfg)
+    if cfg["resume"] or cfg["sweep_dir"]:
+        return open_folder(path), notes
+    folder, note = open_new(cfg, data_fingerprint(prepare_spec(cfg)))
+    return folder, [note] if note else []
 
 
 def _place(cfg: Mapping[str, Any]) -> tuple[Path, list[str]]:
@@ -131,7 +144,7 @@ def nothing_left(cfg: Mapping[str, Any], path: Path, *, done: int | None, num_st
         return done == num_steps
     if json.loads((path / SUMMARY).read_text(encoding="utf-8"))["steps"] != done:
         return False  # its last checkpoint is lost, so its last steps are done again
-    before = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))["trainer"]
+    before = safe_load.yaml_text((path / CONFIG).read_text(encoding="utf-8"))["trainer"]
     return all(before[key] == cfg["trainer"][key] for key in ("max_steps", "max_epochs"))
 
 

@@ -29,7 +29,7 @@ from fine_tune.modules.ratios import Ratios
 from fine_tune.quiet import quiet_libraries
 from fine_tune.speed import SPEEDS, chosen_execution
 from fine_tune.starting import check_sources, start
-from fine_tune.training_data import plan_steps, prepared_data, samples_of
+from fine_tune.training_data import fullest_step, plan_steps, prepared_data, samples_of
 
 # Optimizer steps whose micro-batches are looked at; a run's fullest one is hardly fuller than that of so many.
 STEPS_LOOKED_AT = 200
@@ -93,7 +93,7 @@ def plan_run(cfg: Mapping[str, Any], *, card_gb: float | None, rehearse: bool) -
     chosen = plan_memory(cfg, device, folder, samples, card=card)
     cfg = {**cfg, "trainer": chosen.settled(cfg["trainer"])}
     plan_steps(cfg, data, num_ranks=device.num_ranks)
-    fullest = _fullest(data)
+    fullest = fullest_step(data)
     shape, unknown = _shape(folder, trust_remote_code=model["trust_remote_code"])
     peak = None if shape is None else Estimator.of(cfg, shape, device)(chosen.execution, fullest[1])
     name = f"a card of {card_gb:g} GB" if card_gb is not None else device.describe()
@@ -125,17 +125,6 @@ def _device(cfg: Mapping[str, Any], card_gb: float | None) -> tuple[DevicePlan, 
     # A limit is one of the tensors on it, as the card's size is.
     sizes = [size for size in (card_gb, trainer["memory_limit_gb"]) if size is not None]
     return plan_absent(precision=trainer["precision"], capability=trainer["capability"]), int(min(sizes) * GB)
-
-
-def _fullest(data: PackedDataModule) -> tuple[int, int]:
-    """Find the step with the fullest micro-batch among the first ones, and how many tokens it has."""
-    lengths = data.prepared.train.lengths
-    found = []
-    for number in range(min(data.num_steps, STEPS_LOOKED_AT)):
-        micros = data.planner.step(number).micro_batches[0]
-        found.append((max((int(lengths[list(one)].sum()) for one in micros), default=0), -number))
-    tokens, step = max(found)
-    return -step, tokens
 
 
 def _speeds(

@@ -45,7 +45,7 @@ RECORDED = (
 )
 # Values that do not change what a run computes do not change its name either.
 UNNAMED = ("run_name", "run_dir", "sweep_dir", "overwrite", "resume", "logger", "hints")
-UNNAMED_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "num_workers", "memory_limit_gb")
+UNNAMED_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "num_workers", "memory_limit_gb", "checklist")
 
 
 @dataclass
@@ -89,8 +89,15 @@ def _deciding(cfg: Mapping[str, Any], left_out: Collection[str]) -> dict[str, An
     return kept
 
 
-def choose_folder(cfg: Mapping[str, Any], data_fingerprint: str) -> tuple[Path, str | None]:
+def choose_folder(
+    cfg: Mapping[str, Any], data_fingerprint: str, taken: Collection[Path] = ()
+) -> tuple[Path, str | None]:
     """Decide where a new run lives; returns the folder and a line to print, if there is something to say.
+
+    Args:
+        cfg: A checked config.
+        data_fingerprint: Hash of the data that it names.
+        taken: Folders that other processes have just opened.
 
     Raises:
         ConfigError: An explicit ``run_name`` or ``run_dir`` exists and ``overwrite`` is off.
@@ -99,23 +106,25 @@ def choose_folder(cfg: Mapping[str, Any], data_fingerprint: str) -> tuple[Path, 
     if cfg["run_dir"] or cfg["run_name"]:
         key = "run_dir" if cfg["run_dir"] else "run_name"
         folder = Path(cfg["run_dir"]) if cfg["run_dir"] else root / cfg["run_name"]
-        if folder.is_file():
-            raise ConfigError(f"{key}={cfg[key]}: {folder} is a file. Choose another name.")
-        if _occupied(folder) and not cfg["overwrite"]:
-            raise ConfigError(
-                f"{key}={cfg[key]}: {folder} exists. Go on with resume={folder}, replace it with overwrite=true, or choose "
-                "another name."
-            )
+        with storage_errors(folder, every=True):
+            if folder.is_file():
+                raise ConfigError(f"{key}={cfg[key]}: {folder} is a file. Choose another name.")
+            if _occupied(folder) and not cfg["overwrite"]:
+                raise ConfigError(
+                    f"{key}={cfg[key]}: {folder} exists. Go on with resume={folder}, replace it with overwrite=true, or choose "
+                    "another name."
+                )
         return folder, None
     name = default_name(cfg, data_fingerprint)
     folder, number = root / name, 1
-    while _occupied(folder):
+    while _occupied(folder) or folder in taken:
         number += 1
         folder = root / f"{name}-{number}"
     if number == 1:
         return folder, None
     earlier = root / (name if number == 2 else f"{name}-{number - 1}")
-    state = "finished" if (earlier / SUMMARY).is_file() else f"was interrupted: go on with resume={earlier}"
+    interrupted = f"was interrupted: go on with resume={earlier}"
+    state = "is running" if earlier in taken else "is finished" if (earlier / SUMMARY).is_file() else interrupted
     return folder, f"{earlier} has this config and {state}. This run is {folder.name}."
 
 
@@ -150,7 +159,7 @@ def open_folder(path: Path) -> RunFolder:
         RunLocked: Another live process has it open.
         StorageError: It cannot be created.
     """
-    with storage_errors(path):
+    with storage_errors(path, every=True):
         path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(str(path / LOCK))
         try:
@@ -162,6 +171,30 @@ def open_folder(path: Path) -> RunFolder:
     for place in (path, path / "checkpoints"):
         remove_leftovers(place)
     return RunFolder(path, lock)
+
+
+def open_new(cfg: Mapping[str, Any], data_fingerprint: str) -> tuple[RunFolder, str | None]:
+    """Choose and open the folder of a new run; of several that start at one moment each gets its own.
+
+    Raises:
+        ConfigError: An explicit name exists and ``overwrite`` is off.
+        RunLocked: Another live process has an explicitly named folder open.
+    """
+    taken: list[Path] = []
+    while True:
+        path, note = choose_folder(cfg, data_fingerprint, taken)
+        named = bool(cfg["run_name"] or cfg["run_dir"])
+        try:
+            folder = open_folder(path)
+        except RunLocked:
+            if named:
+                raise
+        else:
+            # Another process may have begun, and ended, since the name was chosen.
+            if named or not _occupied(path):
+                return folder, note
+            folder.close()
+        taken.append(path)
 
 
 def clear_folder(path: Path) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import rich
@@ -17,10 +16,10 @@ from torch import nn
 
 from fine_tune import assembly, summary
 from fine_tune.callbacks.progress import progress_bar
-from fine_tune.data.module import PackedDataModule
+from fine_tune.checklist.passes import adapter_item, probe
 from fine_tune.data.prepare import Prepared
-from fine_tune.device import DEVICE_KEYS, DevicePlan, plan_device
-from fine_tune.errors import ConfigError, MemoryExhausted
+from fine_tune.device import DEVICE_KEYS, DevicePlan, place_in_group, plan_device
+from fine_tune.errors import MemoryExhausted
 from fine_tune.evaluation.answers import Answerer
 from fine_tune.evaluation.held_out import HeldOut, evaluate_held_out, read_held_out, write_held_out
 from fine_tune.fitting import Job, fit
@@ -30,20 +29,20 @@ from fine_tune.memory_plan import plan_memory
 from fine_tune.models.adapter import scaling
 from fine_tune.models.execution import prepare_layers
 from fine_tune.models.export import export_adapter
-from fine_tune.models.fingerprint import base_fingerprint
 from fine_tune.models.forward import prove_forward, prove_shared_prefix
-from fine_tune.models.hub import context_length, resolve_model
 from fine_tune.opening import adapter_hashes, finished_in_sweep, nothing_left, opened, say
 from fine_tune.passport.document import write_passport
+from fine_tune.preflight.findings import Findings
+from fine_tune.preflight.inputs import Inputs, open_inputs
+from fine_tune.preflight.machine import check_disk, check_packages, check_places
 from fine_tune.quiet import quiet_libraries
 from fine_tune.report.visible import visible
-from fine_tune.run_folder import clear_folder, config_hash, failure_told, write_config, write_manifest
+from fine_tune.run_folder import SUMMARY, clear_folder, config_hash, failure_told, write_config, write_manifest
 from fine_tune.speed import chosen_execution
-from fine_tune.starting import check_sources, start
+from fine_tune.starting import start
 from fine_tune.storage import storage_errors, write_json
 from fine_tune.text.template import AUTO, ChatTemplate
-from fine_tune.text.tokenizer import tokenizer_fingerprint
-from fine_tune.training_data import plan_steps, prepared_data, samples_of
+from fine_tune.training_data import plan_steps, samples_of
 from fine_tune.watching import Watcher
 
 
@@ -72,17 +71,37 @@ def run(
     started = time.perf_counter()
     quiet_libraries()
     trainer = cfg["trainer"]
-    plan = plan_device(**{key: trainer[key] for key in DEVICE_KEYS})
-    rich.get_console().quiet = plan.rank > 0
-    watcher = watcher or Watcher()
-    with StopSignals() as signals, opened(cfg, plan) as (path, checkpoint), failure_told(path), _memory_told(plan):
-        watcher.opened(path)
-        if earlier := finished_in_sweep(cfg, path):
+    rank = place_in_group().rank
+    rich.get_console().quiet = rank > 0
+    watcher, findings, plan = watcher or Watcher(), Findings(), None
+    with findings.of("device"):
+        plan = plan_device(**{key: trainer[key] for key in DEVICE_KEYS})
+    with findings.of("packages"):
+        check_packages(cfg)
+    with findings.of("places"):
+        check_places(cfg)
+    with StopSignals() as signals, ExitStack() as held:
+        path = checkpoint = None
+        with findings.of("run folder"):
+            path, checkpoint = held.enter_context(opened(cfg, rank=rank))
+            held.enter_context(failure_told(path))
+            watcher.opened(path)
+        if path is not None and (earlier := finished_in_sweep(cfg, path)):
             return RunResult(earlier, str(path))
+        inputs = open_inputs(cfg, findings, checkpoint=checkpoint)
+        if inputs is not None and path is not None:
+            with findings.of("disk"):
+                check_disk(cfg, inputs.folder, path)
+        findings.refuse()
+        assert plan is not None
+        assert path is not None
+        assert inputs is not None
+        say(f"checked before loading: {', '.join(findings.looked_at)}")
         _free_earlier(plan)
+        held.enter_context(_memory_told(plan))
         job = Job(cfg, path, plan, checkpoint, signals, started, kept=kept, watcher=watcher)
         with job.trackers:
-            return _train(job, overrides or [])
+            return _train(job, inputs, overrides or [])
 
 
 def _free_earlier(plan: DevicePlan) -> None:
@@ -103,50 +122,54 @@ def _memory_told(plan: DevicePlan) -> Iterator[None]:
             f"{plan.describe()} ran out of memory at a peak of {peak:.2f} GB. Lower trainer.micro_batch_tokens (same result), "
             "set trainer.speed=lean (same result), lower data.max_seq_len, or use method=qlora."
         ) from error
+    except (MemoryError, RuntimeError) as error:
+        # What torch's allocator says of main memory has no class of its own.
+        if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise MemoryExhausted(
+            "main memory is used up. Lower trainer.micro_batch_tokens (same result) or data.max_seq_len, or free memory; then go "
+            "on with resume=<run folder>."
+        ) from error
 
 
-def _train(job: Job, overrides: list[str]) -> RunResult:
+def _train(job: Job, inputs: Inputs, overrides: list[str]) -> RunResult:
     cfg, path, model = job.cfg, job.path, job.cfg["model"]
-    model_folder = resolve_model(
-        model["path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"]
-    )
-    _refuse_long(cfg["data"]["max_seq_len"], model_folder)
-    identity = base_fingerprint(model_folder)
-    tokenizer, template = assembly.load_text(model, model_folder)
-    if job.checkpoint is None:
-        check_sources(cfg, identity, template_hash=template.sha256)
+    tokenizer, template, data = inputs.tokenizer, inputs.template, inputs.data
     if model["chat_template"] == AUTO and not model["path"].startswith("builtin:"):
         say(f"note: model.chat_template=auto takes {template.name} for this tokenizer; set it to train another form.")
-    data = _data(job, model_folder, tokenizer, template)
+    _plan(job, inputs)
     cfg = job.cfg
     done = None if job.checkpoint is None else job.first_step
     job.finished = nothing_left(cfg, path, done=done, num_steps=data.num_steps)
+    if not job.finished:
+        # That of a shorter run, which is made longer here: it would say that this one has ended.
+        (path / SUMMARY).unlink(missing_ok=True)
     if cfg["overwrite"] and not cfg["resume"]:
         clear_folder(path)
     write_config(path, cfg)
     write_json(path / "data_ledger.json", data.prepared.ledger.as_dict())
-    record: dict[str, Any] = {
-        "base_fingerprint": identity,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "chat_template": template.name,
-        "template_hash": template.sha256,
-        "data_fingerprint": data.prepared.fingerprint,
-    }
+    record = dict(inputs.record)
     known = {"config_hash": config_hash(cfg), **record, **(adapter_hashes(cfg) if job.checkpoint is None else {})}
     write_manifest(path, seed=cfg["seed"], device=job.plan.describe(), fingerprints=known, overrides=overrides)
     job.trackers.open(cfg, path, first_step=job.first_step, rank=job.plan.rank)
     execution = chosen_execution(cfg["trainer"])
     with rich.get_console().status(Text(visible(f"loading {model['path']}"))):
         network = assembly.load_network(
-            cfg, model_folder, tokenizer, job.plan, dense_base=execution.dense_base, kept=job.kept, identity=identity
-        )
+            cfg, inputs.folder, tokenizer, job.plan, dense_base=execution.dense_base, kept=job.kept,
+            identity=record["base_fingerprint"],
+        )  # fmt: skip
     record["scaling"] = scaling(network)
-    with torch.autocast(job.plan.device.type, job.plan.compute_dtype, enabled=job.plan.precision != "32-true"):
-        proof: dict[str, Any] = {"device": job.plan.device, "vocabulary": min(len(tokenizer), 4096)}
+    proof: dict[str, Any] = {"device": job.plan.device, "vocabulary": min(len(tokenizer), 4096)}
+    precise = torch.autocast(job.plan.device.type, job.plan.compute_dtype, enabled=job.plan.precision != "32-true")
+    with precise:
         prove_forward(network, **proof)
         if cfg["data"]["batch"] == "pairs":
             prove_shared_prefix(network, **proof)
     reference = start(cfg, network, record, folder=path, checkpoint=job.checkpoint)
+    if cfg["trainer"]["checklist"]:
+        with precise:
+            fresh = job.checkpoint is None and not cfg["init_from"]
+            job.proved.append(adapter_item(network, probe(proof["vocabulary"]).to(job.plan.device), fresh=fresh))
     prepare_layers(network, execution)
     answerer = _answerer(job, network, tokenizer, template)
     answers = {"base": _held_out(job, answerer, data.prepared, who="base")}
@@ -175,14 +198,6 @@ def _export(
         write_passport(folder, network, **text, origin=known, precision=job.plan.compute_dtype)
 
 
-def _refuse_long(max_seq_len: int, folder: Path) -> None:
-    positions = context_length(folder)
-    if positions is not None and max_seq_len > positions:
-        raise ConfigError(
-            f"data.max_seq_len={max_seq_len}: the model was made for {positions} tokens. Lower it to that or less."
-        )
-
-
 def _answerer(job: Job, network: nn.Module, tokenizer: Any, template: ChatTemplate) -> Answerer:
     """Answer with prompts that leave room for the answer in the model's context."""
     context: int = getattr(network.config, "max_position_embeddings", 2048)
@@ -197,22 +212,21 @@ def _answerer(job: Job, network: nn.Module, tokenizer: Any, template: ChatTempla
     return answerer
 
 
-def _data(job: Job, model_folder: Path, tokenizer: Any, template: ChatTemplate) -> PackedDataModule:
-    """Prepare the rows, show what was lost on the way, settle what is left to the device's memory, and plan the steps."""
-    data = prepared_data(job.cfg, tokenizer, template)
+def _plan(job: Job, inputs: Inputs) -> None:
+    """Show what became of the rows, settle what is left to the device's memory, and plan the steps."""
+    data = inputs.data
     rich.get_console().print(data.prepared.ledger.render())
     for line in data.prepared.warnings:
         say(f"note: {line}")
     # A base that is kept is used again, or freed before another is loaded: its room is this run's.
     held = job.kept.device_bytes if job.kept else 0
-    found = plan_memory(job.cfg, job.plan, model_folder, samples_of(job.cfg, data, num_ranks=job.plan.num_ranks), held=held)
+    found = plan_memory(job.cfg, job.plan, inputs.folder, samples_of(job.cfg, data, num_ranks=job.plan.num_ranks), held=held)
     for line in found.describe():
         say(line)
     # The run goes on with what was chosen.
     job.cfg = {**job.cfg, "trainer": found.settled(job.cfg["trainer"])}
     plan_steps(job.cfg, data, num_ranks=job.plan.num_ranks)
     data.first_step = job.first_step
-    return data
 
 
 def _held_out(job: Job, answerer: Answerer, prepared: Prepared, *, who: str) -> HeldOut | None:

@@ -182,6 +182,7 @@ class Trainer(Node):
     dense_base: bool | None
     num_workers: AtLeast0
     deterministic: bool
+    checklist: bool
     max_skipped_steps: AtLeast0
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from fine_tune import safe_load
 from fine_tune.checkpoints import Checkpoint
 from fine_tune.errors import CheckpointError
 from fine_tune.models.adapter import adapter_record, check_adapter, load_initial_adapter, load_trained_state, trainable
@@ -23,10 +23,11 @@ REFERENCE = "objective.reference"
 REFERENCE_FILE = Path("reference") / "values.safetensors"
 
 
-def check_sources(cfg: Mapping[str, Any], base_fingerprint: str, *, template_hash: str) -> None:
+def check_sources(cfg: Mapping[str, Any], base_fingerprint: str, *, template_hash: str | None) -> None:
     """Refuse an adapter to start from, or a reference, that is not there or belongs to another base.
 
-    One that was trained under another chat template is taken, with a note: its prompts looked otherwise.
+    One that was trained under another chat template is taken, with a note: its prompts looked otherwise. None: the template
+    is not known.
 
     Raises:
         CheckpointError: It is not there, or was trained on another base.
@@ -38,7 +39,7 @@ def check_sources(cfg: Mapping[str, Any], base_fingerprint: str, *, template_has
             folder = Path(source).expanduser()
             check_adapter(folder, base_fingerprint, key=key)
             earlier = adapter_record(folder, key=key)
-            if earlier.get("template_hash", template_hash) != template_hash:
+            if template_hash is not None and earlier.get("template_hash", template_hash) != template_hash:
                 say(
                     f"note: {source} was trained with the chat template {earlier.get('chat_template')}, and this run uses "
                     "another: it meets prompts it has never seen. Set model.chat_template to continue in its form."
@@ -68,7 +69,7 @@ def start(
     if values is not None:
         record["reference_fingerprint"] = fingerprint(values)
     if checkpoint is not None:
-        _refuse_changes(checkpoint, record)
+        refuse_changes(checkpoint, record)
         load_trained_state(network, checkpoint.adapter(), origin=str(checkpoint.folder))
     elif cfg["init_from"]:
         _load(network, cfg["init_from"], record["base_fingerprint"])
@@ -122,15 +123,19 @@ def _restore(network: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def _read(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(str(file))
-    except (SafetensorError, OSError) as error:
+        return safe_load.tensors(file)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{file}: the run's reference is missing or damaged ({error}). Start a new run with init_from=."
+            f"{file}: the run's reference is missing or damaged. Start a new run with init_from=."
         ) from error
 
 
-def _refuse_changes(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
-    """Compare every fingerprint with the one that the checkpoint was written under."""
+def refuse_changes(checkpoint: Checkpoint, record: Mapping[str, Any]) -> None:
+    """Compare every fingerprint with the one that the checkpoint was written under.
+
+    Raises:
+        CheckpointError: Some differ; they are named.
+    """
     written = checkpoint.manifest
     changed = [key for key in record if key != "scaling" and written.get(key) not in (None, record[key])]
     if changed:

@@ -12,6 +12,8 @@ from fine_tune.memory_plan import Samples
 from fine_tune.targets import build
 from fine_tune.text.template import ChatTemplate
 
+STEPS_LOOKED_AT = 200
+
 
 def prepared_data(cfg: Mapping[str, Any], tokenizer: Any, template: ChatTemplate) -> PackedDataModule:
     """Prepare the rows of a checked config, or take them from the cache."""
@@ -38,6 +40,17 @@ def samples_of(cfg: Mapping[str, Any], data: PackedDataModule, *, num_ranks: int
     """Tell what the prepared rows ask of a device's memory."""
     lengths = data.prepared.train.lengths.tolist()
     return Samples.of(lengths, global_batch_size=cfg["optim"]["global_batch_size"], num_ranks=num_ranks)
+
+
+def fullest_step(data: PackedDataModule, *, first: int = 0, rank: int = 0) -> tuple[int, int]:
+    """Find the step with the fullest micro-batch among the next ones, and how many tokens that has."""
+    lengths = data.prepared.train.lengths
+    found = []
+    for number in range(first, min(data.num_steps, first + STEPS_LOOKED_AT)):
+        micros = data.planner.step(number).micro_batches[rank]
+        found.append((max((int(lengths[list(one)].sum()) for one in micros), default=0), -number))
+    tokens, step = max(found)
+    return -step, tokens
 
 
 def plan_steps(cfg: Mapping[str, Any], data: PackedDataModule, *, num_ranks: int) -> None:

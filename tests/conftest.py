@@ -41,3 +41,11 @@ def gpu() -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let no worker wait for the built-in run that another one is doing: what starts from it comes after other long tests."""
+    first = ("configs", "integration")
+    items.sort(
+        key=lambda item: 1 if item.path.name == "test_built_in_preferences.py" else 0 if item.path.parent.name in first else 2
+    )

@@ -18,6 +18,7 @@ VERBS = {
     "audit": ("fine_tune.cli.audit", "what the model will see of its data: fine-tune audit model=llama2_7b data=oasst1"),
     "plan": ("fine_tune.cli.plan", "what a run will take of its device: fine-tune plan model=llama2_7b method=qlora data=oasst1"),
     "doctor": ("fine_tune.cli.doctor", "can this machine do what runs need: fine-tune doctor"),
+    "drill": ("fine_tune.cli.drill", "promises tried on your own config: fine-tune drill resume model=llama2_7b data=oasst1"),
     "merge": ("fine_tune.cli.merge", "adapter and base become one model, proven to say the same: fine-tune merge ckpt=runs/sft"),
     "verify": ("fine_tune.cli.verify", "does a folder or server say what was trained: fine-tune verify passport=runs/sft url=..."),
     "push": ("fine_tune.cli.push", "an adapter or merged model to the hub, with a card: fine-tune push ckpt=runs/sft repo=me/sft"),
@@ -44,7 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         meant = f" Did you mean {close[0]}?" if close else ""
         print(f"{verb}: no such verb.{meant}\n\n{_usage()}", file=sys.stderr)
         return 2
-    code: int = importlib.import_module(VERBS[verb][0]).main(words[1:])
+    try:
+        code: int = importlib.import_module(VERBS[verb][0]).main(words[1:])
+    except KeyboardInterrupt:
+        # While something is imported; at work a verb tells its own.
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
     return code
 
 

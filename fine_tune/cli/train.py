@@ -12,6 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from fine_tune.allocator import let_segments_grow
+from fine_tune.cli.verb import tell, tell_unexpected
 from fine_tune.config import check_config, find_conf_dir
 from fine_tune.errors import ConfigError, FineTuneError
 from fine_tune.overrides import for_hydra, group_options
@@ -61,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_config(overrides)
         return _serve(for_hydra(overrides, group_options(find_conf_dir())))
     except FineTuneError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        return tell(error)
     except KeyboardInterrupt:
         return 130
 
@@ -114,8 +114,9 @@ def _serve(words: Sequence[str]) -> int:
             # Not the config that Hydra composed: what a typed value replaces is still in that one.
             code = run_job(list(HydraConfig.get().overrides.task))
         except FineTuneError as error:
-            print(error, file=sys.stderr)
-            code = error.exit_code
+            code = tell(error)
+        except Exception as error:
+            code = tell_unexpected(error)
         # SystemExit passes through Hydra untouched.
         sys.exit(code)
 

@@ -89,6 +89,8 @@ def examine(
     except DataError as refused:
         refusals.append(refused)
     prepared.warnings += prepared.pair_warnings()
+    # The linter of pairs has told of them.
+    prepared.warnings += prepared.repeat_warnings() if spec.lint is None else []
     return prepared, refusals
 
 

@@ -62,6 +62,15 @@ class Prepared:
         found = [f"data.lint=report finds flawed pairs: {line}." for line in self.flaws]
         return found + (self.length_bias.sentences() if self.length_bias is not None else [])
 
+    def repeat_warnings(self) -> list[str]:
+        """Tell of training rows that are there twice: they count twice, and are learned by heart sooner."""
+        found = self.train.repeated()
+        if not found:
+            return []
+        name, earlier = found[0]
+        count = f"{len(found):,} of {len(self.train):,} training rows"
+        return [f"{count} repeat another token by token, such as {name}, which is {earlier} again."]
+
     def save(self, folder: Path) -> None:
         """Write what a cache entry keeps."""
         self.train.save(folder / "train.arrow")

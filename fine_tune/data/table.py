@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,21 @@ class TokenTable:
         """Write the table as an Arrow file."""
         with pa.ipc.new_file(str(file), SCHEMA) as writer:
             writer.write_table(self.arrow)
+
+    def repeated(self) -> list[tuple[str, str]]:
+        """Name the rows that are another row token by token, mask included, each with the first such row.
+
+        Copies of one row that a mix asks for have one name, and are not among them.
+        """
+        first: dict[bytes, str] = {}
+        found = []
+        for index, name in enumerate(self.row_ids):
+            part = slice(self.offsets[index], self.offsets[index + 1])
+            content = (self.ids[part].tobytes(), self.loss_mask[part].tobytes(), repr(self.branches(index)).encode())
+            earlier = first.setdefault(hashlib.sha256(b"|".join(content)).digest(), name)
+            if earlier != name:
+                found.append((name, earlier))
+        return found
 
     def __len__(self) -> int:
         """Number of rows."""

@@ -32,11 +32,15 @@ class StartGate:
         reference_name: ``objective.reference``, for the message.
         expected_loss: Loss of a pair whose rewards are zero (ln 2 for DPO's own loss).
         slope: Most that a loss near its expected value moves per unit of both rewards.
+
+    Attributes:
+        seen: What the check has found, once it has passed.
     """
 
     def __init__(self, reference_name: str, expected_loss: float, slope: float = 1.0) -> None:
         self.reference_name, self.expected_loss, self.slope = reference_name, expected_loss, slope
         self._worst: Tensor | None = None
+        self.seen: str | None = None
 
     def forget(self) -> None:
         """Take back what was noted."""
@@ -64,6 +68,7 @@ class StartGate:
         # What is allowed travels along: a rank without pairs must judge as the others do, or they would wait for it.
         reward, loss, allowed = worst.tolist()
         if reward <= allowed and loss <= allowed * self.slope:
+            self.seen = f"at step 0 rewards are within {reward:.1e} of 0, losses within {loss:.1e} of {self.expected_loss:.6f}"
             return
         raise ConfigError(
             f"step 0: the policy is not its reference: a reward is {reward:.3g} (allowed {allowed:g}), and a pair's loss is "

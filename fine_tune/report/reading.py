@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,8 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fine_tune import safe_load
 from fine_tune.errors import ConfigError
 
 # What a run may leave behind, and what a report says where it did not.
@@ -56,6 +54,7 @@ class RunFiles:
     manifest: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     ledger: dict[str, Any] = field(default_factory=dict)
+    checklist: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     previews: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[EvaluationFiles] = field(default_factory=list)
@@ -134,6 +133,7 @@ def read_run(folder: Path) -> RunFiles:
     run = read_figures(folder)
     place = run.path
     run.ledger = read_mapping(run, place / "data_ledger.json")
+    run.checklist = read_mapping(run, place / "checklist.json")
     run.metrics = list(read_lines(run, place / "metrics.jsonl"))
     run.previews = list(read_lines(run, place / "previews.jsonl"))
     run.missing = [f"{name} ({told})" for name, told in FILES.items() if not (place / name).is_file()]
@@ -175,8 +175,8 @@ def _text(run: RunFiles, file: Path) -> str:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return safe_load.json_text(text)
+    except safe_load.Unreadable:
         return None
 
 
@@ -193,8 +193,8 @@ def read_mapping(run: RunFiles, file: Path) -> dict[str, Any]:
 def _config(run: RunFiles) -> tuple[str, dict[str, Any]]:
     text = _text(run, run.path / "config.yaml")
     try:
-        value = yaml.safe_load(text) if text else {}
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = safe_load.yaml_text(text) if text else {}
+    except safe_load.Unreadable:
         value = None
     if isinstance(value, dict):
         return text, {str(key): inner for key, inner in value.items()}

@@ -52,6 +52,7 @@ def record(run: RunFiles) -> dict[str, Any]:
         "further_left_out": further_left_out,
         "account": account(run.ledger),
         "costs": list(_costs(run.summary)),
+        "proofs": list(_proofs(run.checklist)),
         "settings": differing(run.config) if run.config else None,
         "command": _command(run.manifest.get("command")),
         "versions": [(str(name), plain(value)) for name, value in section(run.manifest, "versions").items()],
@@ -73,9 +74,28 @@ def facts_of(run: RunFiles) -> Iterator[tuple[str, str]]:
         ("precision", said.get("precision")),
         ("seed", run.manifest.get("seed")),
         ("started from", run.config.get("init_from")),
+        ("code run from", _foreign_code(section(run.config, "model"))),
         ("last written", run.written() or None),
     )
     return ((label, plain(value)) for label, value in facts if value is not None)
+
+
+def _proofs(checklist: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the run has proven about itself at its first steps: the item, and what was seen."""
+    items = checklist.get("items")
+    for item in items if isinstance(items, list) else []:
+        if isinstance(item, dict):
+            marks: dict[Any, str] = {True: "passed", False: "FAILED"}
+            found = marks.get(item.get("passed"), "nothing to check")
+            yield plain(item.get("name")), f"{found}: {plain(item.get('says'))}"
+
+
+def _foreign_code(model: Mapping[str, Any]) -> str | None:
+    """Say whose code ran; None where it was only that of the installed packages."""
+    if not model.get("trust_remote_code"):
+        return None
+    pinned = model.get("revision")
+    return f"{plain(model.get('path'))}, {f'commit {plain(pinned)}' if pinned else 'a folder'} (model.trust_remote_code)"
 
 
 def tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -87,7 +87,7 @@ def test_a_free_name_is_taken_without_a_word(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("finished", "words"), [(True, "has this config and finished."), (False, "go on with resume=")]
+    ("finished", "words"), [(True, "has this config and is finished."), (False, "go on with resume=")]
 )
 def test_a_second_run_of_a_config_gets_a_number_and_a_note(tmp_path: Path, finished: bool, words: str) -> None:
     cfg = changed("sweep_dir", str(tmp_path))

@@ -222,7 +222,9 @@ def test_overflow_policies_account_for_every_token(
         prepared.ledger.check()
         tokens = prepared.ledger.total.tokens
         assert tokens.read == 4 * sum(1 + 45 * n for n in range(1, 7))
-        assert (tokens.cut == 0) == (policy == "drop") == (prepared.warnings == [])
+        repeats = [line for line in prepared.warnings if "training rows repeat another token by token" in line]
+        assert len(repeats) == 1, "every talk is there four times"
+        assert (tokens.cut == 0) == (policy == "drop") == (prepared.warnings == repeats)
         counts[policy] = (len(prepared.train), tokens.kept)
         assert prepared.train.lengths.max() <= 120
     exchange = len("### Human: qqqqqqqqq### Assistant: aaaaaaaaaE")

@@ -70,3 +70,17 @@ def test_a_row_that_is_not_there_is_an_error(index: int) -> None:
         TokenTable.from_rows(ROWS).row(index)
     with pytest.raises(IndexError, match=f"row {index} of a table of 3 rows"):
         TokenTable.from_rows(ROWS).branches(index)
+
+
+def test_rows_that_are_there_twice_are_named() -> None:
+    same, other_mask = Encoded([1, 5], [False, True]), Encoded([1, 5, 6], [False, False, True])
+    rows = [
+        ("a", same), ("b", Encoded([1, 5, 6], [False, True, True])), ("c", same), ("d", other_mask), ("e", same),
+        # A copy that a mix asks for has its row's name.
+        ("b", Encoded([1, 5, 6], [False, True, True])),
+        ("p", EncodedPair([1], [5], [6])), ("q", EncodedPair([1], [5, 6], [7])), ("r", EncodedPair([1], [5], [6])),
+        # The same tokens in the same order, the sides cut elsewhere.
+        ("s", EncodedPair([1], [5], [6, 7])),
+    ]  # fmt: skip
+    assert TokenTable.from_rows(rows).repeated() == [("c", "a"), ("e", "a"), ("r", "p")]
+    assert TokenTable.from_rows([]).repeated() == []

@@ -101,6 +101,7 @@ def write_run(folder: Path, word: str) -> Path:
     lengths = {"length_percentiles": {word: 9}, "length_histogram": {"edges": [1, 5, 10], "counts": [2, 1]}}
     ledger = {**part, **lengths, "lost_share": word, "max_seq_len": 8}
     write_json(folder / "data_ledger.json", {**ledger, "parts": [{"source": word, "split": word, **part}]})
+    write_json(folder / "checklist.json", {"seconds": word, "items": [{"name": word, "passed": True, "says": word}, word]})
     for name, metrics in (("held_out", {word: word, "by": {word: {word: word}}}), ("held_out_base", {word: 0.5})):
         place = folder / "eval" / name
         write_json(place / "metrics.json", {"checkpoint": word, "num_items": word, "metrics": metrics, word: word})

@@ -16,6 +16,7 @@ from fine_tune.report.page import write_report
 from fine_tune.report.panels import charts_of, further_charts
 from fine_tune.report.previews import previews
 from fine_tune.report.reading import RunFiles, read_run
+from fine_tune.report.record import record
 from fine_tune.report.settings import Difference, differing
 from fine_tune.report.visible import plain, visible
 
@@ -62,6 +63,31 @@ def test_what_the_start_said_counts_for_the_run_it_came_from(chain: tuple[Path, 
         ("long two", True),
         ("short two", True),
     ]
+
+
+def test_code_of_a_models_repository_is_told_in_the_head(tmp_path: Path) -> None:
+    heads = {}
+    for trusted in (False, True):
+        model = {"path": "owner/name", "revision": "0" * 40, "trust_remote_code": trusted}
+        run = tmp_path / str(trusted)
+        write_json(run / "summary.json", {"steps": 2})
+        (run / "config.yaml").write_text(yaml.safe_dump({"model": model}), encoding="utf-8")
+        heads[trusted] = Page(write_report(run).read_text(encoding="utf-8")).pieces
+    told = f"owner/name, commit {'0' * 40} (model.trust_remote_code)"
+    assert [told in heads[trusted] for trusted in (False, True)] == [False, True]
+    assert "code run from" in heads[True]
+
+
+def test_what_a_run_proved_about_itself_is_shown(tmp_path: Path) -> None:
+    items = [
+        {"name": "masks", "passed": True, "says": "16 of 16 answers end"}, {"name": "base", "passed": False, "says": "1 changed"},
+        {"name": "memory", "passed": None, "says": "no card"},
+    ]  # fmt: skip
+    run = RunFiles(tmp_path, checklist={"items": items})
+    assert record(run)["proofs"] == [
+        ("masks", "passed: 16 of 16 answers end"), ("base", "FAILED: 1 changed"), ("memory", "nothing to check: no card"),
+    ]  # fmt: skip
+    assert record(RunFiles(tmp_path, checklist={"items": "none"}))["proofs"] == []
 
 
 def test_runs_without_a_common_prompt_say_so(chain: tuple[Path, Path]) -> None:
