@@ -23,14 +23,16 @@ FIGURES = (
 )  # fmt: skip
 
 
-def train(words: Sequence[str], place: Path, *, timeout: float = 300.0) -> dict[str, Any]:
+def train(words: Sequence[str], place: Path, *, timeout: float = 300.0, ranks: int = 1) -> dict[str, Any]:
     """Run train.py and read what it left; what went wrong is part of the result.
 
-    Speed and MFU are those of the second half of the steps, ``summary`` holds those of all, compilation included.
+    Speed and MFU are those of the second half of the steps, ``summary`` holds those of all, compilation included. With more than
+    one rank torchrun starts them.
     """
     shutil.rmtree(place, ignore_errors=True)
     started = time.perf_counter()
-    command = [sys.executable, str(TRAIN), *COMMON, *words, f"run_dir={place}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(TRAIN), *COMMON, *words, f"run_dir={place}"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=timeout, check=False
