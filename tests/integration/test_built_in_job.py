@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from .conftest import built_in_job, load_quantised, read_metrics, spawn
+from .conftest import built_in_job, load_quantised, read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +43,6 @@ def test_validation_loss_falls_and_every_step_has_its_line(run_dir: Path) -> Non
     assert lines[0]["val/loss"] > 3
     assert lines[-1]["val/loss"] < 0.1
     assert summary(run_dir)["final_loss"] == lines[-1]["val/loss"]
-
-
-def test_the_same_seed_gives_the_same_steps(run_dir: Path, tmp_path: Path) -> None:
-    """As far as the second run is let: its first ten steps."""
-    words = ["trainer=cpu", "data.num_eval_items=0", "callbacks.preview=null", f"data.cache_dir={tmp_path / 'cache'}"]
-    again = spawn([*words, f"run_dir={tmp_path / 'again'}"], stop_step=10)
-    assert again.returncode == 143, again.stderr
-    assert read_metrics(tmp_path / "again") == read_metrics(run_dir)[:11]
 
 
 @pytest.mark.drill

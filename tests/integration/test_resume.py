@@ -46,7 +46,8 @@ def test_stopped_and_resumed_equals_uninterrupted(
     assert_same_end(straight, run_dir, step=LAST)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_fresh_process_goes_on_exactly(
     straight: Path, stand_in: tuple[Path, Path], tmp_path: Path, signum: int, code: int
 ) -> None:

@@ -146,6 +146,7 @@ def stopped(run: Path, cfg: dict[str, Any]) -> checkpoints.Checkpoint:
     notes = record()
     begin(cfg, run, notes=notes)
     later = network(LATER)
+    run.mkdir(exist_ok=True)
     return checkpoints.save(run / "checkpoints", 4, adapter=trained_state(later), trainer={}, record=notes)
 
 

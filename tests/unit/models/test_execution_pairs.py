@@ -86,6 +86,7 @@ def test_policy_and_reference_take_the_same_graphs(balanced: Prepared) -> None:
     assert balanced.compiler.frame_count == traced, "nor do other lengths"
 
 
+@pytest.mark.drill
 def test_a_compiled_start_is_ln_2_and_not_nearly(balanced: Prepared) -> None:
     loss, metrics, _ = step(module_of(balanced.network), MICROS[0])
     assert abs(loss - math.log(2)) <= 1e-12
@@ -103,6 +104,7 @@ def test_a_compiled_preference_step_is_the_plain_one(balanced: Prepared) -> None
     assert abs(metrics["rewards/margins"]) > 1e-4
 
 
+@pytest.mark.drill
 def test_a_reference_that_asks_for_no_gradient_would_be_other_graphs(balanced: Prepared) -> None:
     """The control, and the reason why frozen values ask for gradients that nobody takes."""
     module = module_of(balanced.network)
