@@ -105,7 +105,8 @@ def any_place() -> None:
 
         return choose
 
-    replace("fine_tune.run_folder", "choose_folder", cleared)
+    for room in ("run_folder", "opening"):
+        replace(f"fine_tune.{room}", "choose_folder", cleared)
     with contextlib.suppress(ImportError, AttributeError):
         replace("fine_tune.preflight.machine", "check_places", lambda old: nothing)
 
