@@ -202,13 +202,14 @@ def fresh_reference() -> None:
 def patient() -> None:
     """A hub that does not answer is asked again for half a minute."""
     import huggingface_hub
+    from huggingface_hub import errors
 
     download = huggingface_hub.snapshot_download
 
     def insisting(*args: Any, **kwargs: Any) -> Any:
         try:
             return download(*args, **kwargs)
-        except Exception:
+        except (OSError, errors.HTTPError):
             time.sleep(30)
             return download(*args, **kwargs)
 

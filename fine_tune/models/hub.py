@@ -59,6 +59,15 @@ def resolve_text(path: str, *, revision: str | None = None, trust_remote_code: b
     return folder
 
 
+def is_here(path: str) -> bool:
+    """Tell whether a model's name is that of something on this machine, and no id of the hub.
+
+    Raises:
+        ConfigError: It can be neither.
+    """
+    return _local(path) is not None
+
+
 def _local(path: str, *, needs_config: bool = True) -> Path | None:
     if path in BUILTIN:
         return BUILTIN[path]

@@ -12,9 +12,10 @@ from fine_tune.checkpoints import Checkpoint
 from fine_tune.data.collect import collect
 from fine_tune.data.ledger import Ledger
 from fine_tune.data.module import PackedDataModule
+from fine_tune.data.spec import PrepareSpec
 from fine_tune.errors import ConfigError
 from fine_tune.models.fingerprint import base_fingerprint
-from fine_tune.models.hub import context_length, resolve_model
+from fine_tune.models.hub import context_length, is_here, resolve_model
 from fine_tune.preflight.findings import Findings
 from fine_tune.starting import check_sources, refuse_changes
 from fine_tune.text.template import ChatTemplate
@@ -44,6 +45,8 @@ class Inputs:
 def open_inputs(cfg: Mapping[str, Any], findings: Findings, *, checkpoint: Checkpoint | None) -> Inputs | None:
     """Open and check everything that a run reads; None where something is refused.
 
+    Once something is refused, what is here is still looked at, and nothing is fetched or tokenized for a run that cannot be.
+
     Args:
         cfg: A checked config.
         findings: Takes what is refused.
@@ -52,18 +55,17 @@ def open_inputs(cfg: Mapping[str, Any], findings: Findings, *, checkpoint: Check
     folder = identity = text = data = None
     model = cfg["model"]
     with findings.of("model"):
-        folder = resolve_model(model["path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])
-        identity = base_fingerprint(folder)
+        if not findings.problems or is_here(model["path"]):
+            folder = resolve_model(model["path"], revision=model["revision"], trust_remote_code=model["trust_remote_code"])
+            identity = base_fingerprint(folder)
     with findings.of("context"):
         if folder is not None:
             _refuse_long(cfg["data"]["max_seq_len"], folder)
     with findings.of("tokenizer and template"):
         text = None if folder is None else assembly.load_text(model, folder)
     with findings.of("data"):
-        if text is None:
-            # Without a tokenizer the rows can still be read.
-            spec = assembly.prepare_spec(cfg)
-            collect(spec, Ledger(max_seq_len=spec.max_seq_len))
+        if text is None or findings.problems:
+            _read_rows(assembly.prepare_spec(cfg))
         else:
             data = prepared_data(cfg, *text)
     record: dict[str, Any] = {"base_fingerprint": identity}
@@ -81,6 +83,12 @@ def open_inputs(cfg: Mapping[str, Any], findings: Findings, *, checkpoint: Check
     if folder is None or text is None or data is None:
         return None
     return Inputs(folder, *text, data, record)
+
+
+def _read_rows(spec: PrepareSpec) -> None:
+    """Read the rows that are here, for what is wrong with them without a tokenizer."""
+    if not any(source.hub for source in spec.source_specs().values()):
+        collect(spec, Ledger(max_seq_len=spec.max_seq_len))
 
 
 def _refuse_long(longest: int, folder: Path) -> None:

@@ -15,6 +15,7 @@ from fine_tune.models.forward import supervised_logps
 from fine_tune.packing.batches import MicroBatch, pack
 
 from ..unit.models.conftest import VOCABULARY, llama, randomize
+from .drawn import rows_of
 
 PLAIN = settings(
     max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -29,19 +30,6 @@ def network() -> nn.Module:
     model = llama().double()
     found = attach(model, AdapterSpec(trains="adapter", rank=4, alpha=8.0)).double()
     randomize(found)
-    return found
-
-
-Row = tuple[np.ndarray, np.ndarray]
-
-
-def rows_of(lengths: list[int], seed: int = 0) -> list[Row]:
-    generator = np.random.default_rng([seed, *lengths])
-    found = []
-    for length in lengths:
-        mask = generator.random(length) < 0.5
-        mask[0], mask[-1] = False, True
-        found.append((generator.integers(0, VOCABULARY, length), mask))
     return found
 
 

@@ -51,9 +51,7 @@ BROKEN = 1e-3
 # Seven rows in steps of three: in the last step of each epoch one rank has no row.
 ROWS, PER_STEP, STEPS = 7, 3, 6
 OBJECTIVES = ("sft", "dpo")
-OPTIM = OptimSpec(
-    torch.optim.AdamW, lr=1e-2, schedule="cosine", warmup_share=0.2, weight_decay=0.1, max_grad_norm=0.7
-)
+OPTIM = OptimSpec(torch.optim.AdamW, lr=1e-2, schedule="cosine", warmup_share=0.2, weight_decay=0.1, max_grad_norm=0.7)
 
 
 @dataclass
@@ -80,9 +78,7 @@ def packed(objective: str, rows: tuple[int, ...]) -> MicroBatch:
 
 
 def lengths(objective: str) -> list[int]:
-    if objective == "dpo":
-        return [len(pair(row).input_ids) for row in range(ROWS)]
-    return [len(conversation(row)[0]) for row in range(ROWS)]
+    return [len(pair(row).input_ids if objective == "dpo" else conversation(row)[0]) for row in range(ROWS)]
 
 
 def shares(objective: str, *, rank: int, ranks: int, own_counts: bool = False) -> list[StepBatch]:
@@ -135,6 +131,7 @@ def run(
     if start is not None:
         load_trained_state(module.network, start.adapter(), origin="here")
         module.step, first, resume = start.step, start.step, [Resume(start)]
+    folder.mkdir(parents=True, exist_ok=True)
     trainer = pl.Trainer(
         accelerator="cpu", devices=1, max_steps=until, max_epochs=1, logger=False, default_root_dir=str(folder),
         callbacks=[*resume, look, AdapterCheckpoint(STEPS + 1, keep=9)], enable_checkpointing=False,

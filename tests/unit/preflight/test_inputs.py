@@ -10,7 +10,10 @@ import pytest
 
 import fine_tune
 from fine_tune import assembly
-from fine_tune.errors import ConfigError, DataError, SeveralProblems
+from fine_tune.data import collect
+from fine_tune.errors import ConfigError, DataError, EnvironmentProblem, SeveralProblems
+from fine_tune.models import hub
+from fine_tune.preflight import inputs
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +64,27 @@ def test_one_refusal_keeps_its_own_class(tmp_path: Path) -> None:
         fine_tune.train([*common, "data=instructions", f"data.path={rows(tmp_path)}", "data.max_seq_len=256"])
     with pytest.raises(ConfigError, match=r"data\.max_seq_len=70000: the model was made for"):
         fine_tune.train([*common, "data.max_seq_len=70000", "trainer.micro_batch_tokens=70000"])
+
+
+def test_nothing_is_fetched_or_tokenized_for_a_run_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def noting(name: str) -> Any:
+        def note(*args: Any, **options: Any) -> None:
+            fetched.append(name)
+            raise EnvironmentProblem(f"{name} was asked for")
+
+        return note
+
+    monkeypatch.setattr(hub, "_download", noting("model"))
+    monkeypatch.setattr(collect, "read_hub", noting("data"))
+    monkeypatch.setattr(inputs, "prepared_data", noting("tokens"))
+    words = ["model.path=owner/name", "model.revision=main", "data=chat", "data.hub=owner/rows", "data.revision=main"]
+    with pytest.raises(EnvironmentProblem, match=r"trainer\.accelerator=gpu"):
+        fine_tune.train(["trainer=gpu", *words, f"run_dir={tmp_path / 'one'}"])
+    with pytest.raises(EnvironmentProblem, match=r"trainer\.accelerator=gpu"):
+        fine_tune.train(["trainer=gpu", f"run_dir={tmp_path / 'two'}"])
+    assert fetched == []
+    with pytest.raises(EnvironmentProblem, match="model was asked for"):
+        fine_tune.train(["trainer=cpu", *words, f"run_dir={tmp_path / 'three'}"])
+    assert fetched == ["model"], "a model that cannot be had needs no rows"
