@@ -22,7 +22,7 @@ from one_run import number, train, write
 from workload import _words
 
 WORDS = (
-    "model=llama2_7b method=qlora data=chat data.val_share=0.0 optim.global_batch_size=2 trainer.max_steps=4 callbacks.preview=null"
+    "model=llama2_7b method=qlora data=chat data.val_share=0.0 optim.global_batch_size=2 callbacks.preview=null"
 )
 RUNS = "lean:8192,lean:16384,lean:32768,balanced:8192,balanced:16384"
 PROMPT = 64
@@ -36,12 +36,13 @@ def write_rows(file: Path, tokens: int, count: int) -> None:
     file.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
 
 
-def run(folder: Path, speed: str, tokens: int, out: Path, *, device: str) -> dict[str, Any]:
+def run(folder: Path, speed: str, tokens: int, out: Path, *, device: str, steps: int) -> dict[str, Any]:
     """Train on one length at one speed."""
     rows = out / f"rows_{tokens}.jsonl"
     write_rows(rows, tokens, 8)
     words = [
-        *WORDS.split(), f"trainer={device}", f"trainer.speed={speed}", f"data.max_seq_len={tokens}", f"data.path={rows}",
+        *WORDS.split(), f"trainer={device}", f"trainer.max_steps={steps}", f"trainer.speed={speed}",
+        f"data.max_seq_len={tokens}", f"data.path={rows}",
         f"model.path={folder / 'model'}", f"model.chat_template={folder / 'template.jinja'}", f"data.cache_dir={out / 'cache'}",
         *(["model.dtype=float32"] if device == "cpu" else []),
     ]  # fmt: skip
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what workload.py wrote with --positions")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", default=RUNS, help="speed:tokens, several with commas")
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--redraw", action="store_true", help="only draw what results.json in --out holds")
     args = parser.parse_args()
@@ -117,7 +119,7 @@ def main() -> None:
     for word in [] if args.redraw else args.runs.split(","):
         speed, _, tokens = word.partition(":")
         print(f"{speed}, {tokens} tokens ...", flush=True)
-        results.append(run(args.folder, speed, int(tokens), args.out, device=args.device))
+        results.append(run(args.folder, speed, int(tokens), args.out, device=args.device, steps=args.steps))
         write(with_costs(results), as_table(results), args.out)
     shutil.rmtree(args.out / "run", ignore_errors=True)
     print(as_table(results), end="")

@@ -64,9 +64,16 @@ def _figures(place: Path) -> dict[str, Any]:
         "micro_batch_tokens": trainer["micro_batch_tokens"],
         "steps": len(steps),
         "first_step_seconds": steps[0]["step_seconds"],
+        "checklist_seconds": _checklist_seconds(place),
         "first_loss": steps[0]["train/loss"],
         "last_loss": steps[-1]["train/loss"],
     }
+
+
+def _checklist_seconds(place: Path) -> float | None:
+    """Read what the checklist of the first steps took; None where it was switched off."""
+    file = place / "checklist.json"
+    return float(json.loads(file.read_text(encoding="utf-8"))["seconds"]) if file.is_file() else None
 
 
 def number(value: float | None, form: str = ".2f") -> str:

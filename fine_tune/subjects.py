@@ -30,6 +30,7 @@ from fine_tune.models.adapter import (
 from fine_tune.models.adapter_source import read_settings
 from fine_tune.models.base import BaseSpec, load_base
 from fine_tune.models.fingerprint import base_fingerprint
+from fine_tune.models.fused_lora import fuse, fuse_frozen
 from fine_tune.models.hub import resolve_model
 from fine_tune.own_template import own_template
 from fine_tune.storage import sha256
@@ -255,6 +256,10 @@ class Stage:
                 self.network = replace_adapter(self.network, spec)
                 self._spec = spec
             load_trained_state(self.network, safe_load.tensors(named.weights), origin=str(named.weights))
+        if self.plan.device.type == "cuda":
+            # Long passes, such as scoring makes, are faster so.
+            fuse(self.network)
+            fuse_frozen(self.network)
         precision = torch.float32 if self.whole else self.plan.compute_dtype
         base = named.weights is None and isinstance(self.network, PeftModel)
         return Subject(self.network, self.tokenizer, template, self.plan.device, precision, base)

@@ -41,8 +41,11 @@ def stretches(sample: Sample) -> Iterator[Stretch]:
 
 
 def header_of(encoder: Encoder) -> list[int]:
-    """Return the ids between a question and its answer: those that the prompts of different questions end in alike."""
+    """Return the ids between a question and its answer: what prompts of different questions end in alike; none if unknown."""
     one, other = (encoder.encode_prompt([Message("user", probe)]) for probe in PROBES)
+    if one == other:
+        # A tokenizer that knows none of these words drops them; where the header begins cannot be told.
+        return []
     pairs = zip(reversed(one), reversed(other), strict=False)
     # An unknown word could be the question's.
     unknown = unknown_ids(encoder.tokenizer)

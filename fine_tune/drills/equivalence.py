@@ -20,14 +20,15 @@ from fine_tune.models.hub import resolve_model
 from fine_tune.packing.batches import MicroBatch, StepBatch
 from fine_tune.quiet import quiet_libraries
 
-# What rounding may move, relative, by what is computed in.
+# What rounding may move, relative, by what is computed in. In half precision a single gradient may be the small difference of large
+# numbers: 0.17 was measured in LLaMA-2-7B's shape (k_proj of the last layer), where mistakes made on purpose move one by over 1.
 FLOAT64, INT8 = "float64", "int8"
 BOUNDS = {
     FLOAT64: {"loss": 1e-12, "gradients": 1e-9},
     "32-true": {"loss": 1e-5, "gradients": 1e-4},
-    "bf16-mixed": {"loss": 1e-2, "gradients": 1e-1},
-    "16-mixed": {"loss": 1e-2, "gradients": 1e-1},
-    INT8: {"loss": 2e-2, "gradients": 2e-1},
+    "bf16-mixed": {"loss": 1e-2, "gradients": 0.25},
+    "16-mixed": {"loss": 1e-2, "gradients": 0.25},
+    INT8: {"loss": 2e-2, "gradients": 0.25},
 }
 # A mistake must be so many times further away than rounding may be.
 CLEAR = {FLOAT64: 1e5, "32-true": 100.0}

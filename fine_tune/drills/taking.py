@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -137,13 +138,12 @@ def _packed(rows: Sequence[tuple[int, Sample]]) -> MicroBatch:
 
 
 def apart(left: Taken, right: Taken) -> tuple[dict[str, float], str]:
-    """Return how far two results are apart, in their loss and in the gradient that differs most, and which that is."""
+    """Return how far two results are apart: losses, the gradient that differs most, all of them together; and which that is."""
     loss = abs(left.loss - right.loss) / max(abs(left.loss), 1e-12)
     norms = {name: grad.double().norm().item() for name, grad in left.gradients.items()}
     least = SMALLEST * max(norms.values(), default=0.0)
-    gaps = {
-        name: (grad.double() - right.gradients[name].double()).norm().item() / max(norms[name], least, 1e-300)
-        for name, grad in left.gradients.items()
-    }
+    distances = {name: (grad.double() - right.gradients[name].double()).norm().item() for name, grad in left.gradients.items()}
+    gaps = {name: distance / max(norms[name], least, 1e-300) for name, distance in distances.items()}
     worst = max(gaps, key=lambda name: gaps[name])
-    return {"loss": loss, "gradients": gaps[worst]}, worst if gaps[worst] else ""
+    together = math.hypot(*distances.values()) / max(math.hypot(*norms.values()), 1e-300)
+    return {"loss": loss, "gradients": gaps[worst], "together": together}, worst if gaps[worst] else ""

@@ -1,6 +1,7 @@
-"""Log-probabilities of answer letters after prompts that share their beginning, which is computed once.
+"""Log-probabilities of answer letters after prompts that share their beginning, which is computed once and kept: the CPU's way.
 
-A choice's score is the summed log-probability of the tokens that ``encode(prompt + " X")`` adds after ``encode(prompt)``.
+A choice's score is the summed log-probability of the tokens that ``encode(prompt + " X")`` adds after ``encode(prompt)``. On a GPU
+:mod:`fine_tune.evaluation.packed_choices` finds the same scores in fewer and larger passes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from fine_tune.errors import ConfigError, DataError
 from fine_tune.evaluation.blocked_attention import BLOCKED, Places, register
+from fine_tune.evaluation.choice_rows import ChoicePrompt, Read, Row, rows_of
 from fine_tune.evaluation.generate import generating
 from fine_tune.evaluation.shared_beginnings import share_beginnings
 from fine_tune.evaluation.side_by_side import side_by_side
@@ -27,89 +28,6 @@ from fine_tune.models.base import decoder, output_head, set_attention
 
 # Keys and values of a shared beginning are copied for each row of a pass: so many keys for each new token are allowed.
 KEYS_PER_TOKEN = 4
-# Every choice repeats its prompt: all of a benchmark at once would be lists of tens of millions of ids.
-ENCODED_AT_A_TIME = 64
-
-
-class ChoicePrompt(NamedTuple):
-    """An encoded prompt ``[L]`` and the tokens that each choice adds to it."""
-
-    ids: np.ndarray
-    endings: tuple[tuple[int, ...], ...]
-
-
-class Read(NamedTuple):
-    """Token ``target`` of one choice of one prompt, predicted at ``position`` of a row."""
-
-    prompt: int
-    choice: int
-    position: int
-    target: int
-
-
-class Row(NamedTuple):
-    """Tokens ``[L]`` that go through the model, and what is read off their hidden states."""
-
-    ids: np.ndarray
-    reads: list[Read]
-
-    @property
-    def first_read(self) -> int:
-        """The earliest position that is read; a shared beginning ends at or before it."""
-        return min(read.position for read in self.reads)
-
-
-def encode_choices(tokenizer: Any, prompts: Sequence[str], letters: Sequence[str]) -> list[ChoicePrompt]:
-    """Encode prompts, alone and with each choice behind a space.
-
-    Raises:
-        DataError: A choice adds no token of its own to a prompt.
-    """
-    found: list[ChoicePrompt] = []
-    for start in range(0, len(prompts), ENCODED_AT_A_TIME):
-        found += _encode(tokenizer, prompts[start : start + ENCODED_AT_A_TIME], letters)
-    return found
-
-
-def _encode(tokenizer: Any, prompts: Sequence[str], letters: Sequence[str]) -> list[ChoicePrompt]:
-    texts = [text for prompt in prompts for text in (prompt, *(f"{prompt} {letter}" for letter in letters))]
-    encoded = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-    found = []
-    for start in range(0, len(texts), 1 + len(letters)):
-        alone, *whole = encoded[start : start + 1 + len(letters)]
-        endings = tuple(tuple(ids[len(alone) :]) for ids in whole)
-        if not alone or not all(endings):
-            raise DataError(
-                f"model.path: its tokenizer gives {texts[start][-20:]!r} no token, or joins a choice with it, so that nothing "
-                "is left to score. Choose another tokenizer."
-            )
-        found.append(ChoicePrompt(np.array(alone, dtype=np.int64), endings))
-    return found
-
-
-def rows_of(prompt: ChoicePrompt, index: int, context: int) -> list[Row]:
-    """Lay out what has to be computed for one prompt.
-
-    Choices of one token are all read off the prompt's last state; one of several tokens needs its own first ones behind the
-    prompt. A prompt too long for the context keeps its last tokens.
-
-    Raises:
-        ConfigError: The context has no room for a choice.
-    """
-    rows: list[Row] = []
-    # Longest first: what a shorter choice needs is then there already.
-    for choice in sorted(range(len(prompt.endings)), key=lambda i: -len(prompt.endings[i])):
-        ending = prompt.endings[choice]
-        if len(ending) > context:
-            raise ConfigError(f"eval.context_length={context}: a choice has {len(ending)} tokens. Raise it.")
-        ids = np.concatenate([prompt.ids, np.array(ending[:-1], dtype=np.int64)])[-context:]
-        row = next((row for row in rows if np.array_equal(row.ids[: len(ids)], ids)), None)
-        if row is None:
-            row = Row(ids, [])
-            rows.append(row)
-        first = len(ids) - len(ending)
-        row.reads.extend(Read(index, choice, first + i, token) for i, token in enumerate(ending))
-    return rows
 
 
 def choice_logps(

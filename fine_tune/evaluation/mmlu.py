@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from fine_tune.errors import ConfigError
 from fine_tune.evaluation.answers import adapter_as_asked
-from fine_tune.evaluation.choices import ChoicePrompt, choice_logps, encode_choices
+from fine_tune.evaluation.choice_rows import ChoicePrompt, encode_choices
+from fine_tune.evaluation.choices import choice_logps
 from fine_tune.evaluation.mmlu_data import CATEGORIES, LETTERS, Prompt, category_of, read_csv, read_hub_set, read_json
+from fine_tune.evaluation.packed_choices import packed_choice_logps
 from fine_tune.evaluation.protocol import Subject, evaluating
 from fine_tune.evaluation.scores import share
 from fine_tune.evaluation.shared_beginnings import share_beginnings
@@ -18,7 +20,8 @@ from fine_tune.models.adapter import causal_lm
 from fine_tune.text.template import ChatTemplate
 
 FORMATS = ("json", "csv", "hub")
-PASS_TOKENS = {"cpu": 1024, "cuda": 4096}
+# Tokens of a forward pass. A CPU has small caches and many threads, a GPU wants few large products.
+CPU_PASS_TOKENS, GPU_PASS_TOKENS = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class MMLU:
         num_items: So many questions, spread evenly over the subjects; None takes all.
         context_length: Most tokens that the model sees; None takes the model's own limit. Longer prompts keep their last
             tokens, and ``num_cut`` says how many there were.
-        pass_tokens: Most tokens of one forward pass, shared examples not included; None takes few on a CPU, where caches are
+        pass_tokens: Most tokens of one forward pass, on a CPU without shared examples; None takes few on a CPU, where caches are
             small, and many on a GPU.
     """
 
@@ -86,15 +89,29 @@ class MMLU:
         return read(str(self.path), shots=self.shots, split=self.split)
 
     def chunks(self, items: Sequence[MMLUItem]) -> list[list[int]]:
-        """Divide each subject by what its prompts begin with."""
+        """Divide each subject by what its prompts begin with, and put together what fits one pass of a GPU."""
+        chunks: list[list[int]] = []
+        room = 0
+        for members, tokens in self._groups(items):
+            if not chunks or tokens > room:
+                chunks.append([])
+                room = GPU_PASS_TOKENS
+            chunks[-1] += members
+            room -= tokens
+        return chunks
+
+    def _groups(self, items: Sequence[MMLUItem]) -> list[tuple[list[int], int]]:
+        """Return what shares a beginning, with the tokens that have to be computed for it."""
         subjects: dict[str, list[int]] = {}
         for index, item in enumerate(items):
             subjects.setdefault(item.subject, []).append(index)
-        return [
-            [members[i] for i in shared.members]
-            for members in subjects.values()
-            for shared in share_beginnings([items[i].encoded.ids for i in members])
-        ]
+        groups = []
+        for members in subjects.values():
+            ids = [items[i].encoded.ids for i in members]
+            for shared in share_beginnings(ids):
+                own = sum(len(ids[i]) - shared.length for i in shared.members)
+                groups.append(([members[i] for i in shared.members], shared.length + own))
+        return groups
 
     def score(self, subject: Subject, items: Sequence[MMLUItem], chunk: list[int]) -> list[dict[str, Any]]:
         """Score the letters of each question of one chunk."""
@@ -106,12 +123,14 @@ class MMLU:
     ) -> Generator[list[dict[str, Any]], None, None]:
         """Score chunk after chunk, on a CPU with the next ones under way: no thread waits for the last pass of a subject."""
         context = self.context_length or _own_context(subject)
-        tokens = self.pass_tokens or PASS_TOKENS.get(subject.device.type, PASS_TOKENS["cpu"])
+        on_cpu = subject.device.type == "cpu"
+        tokens = self.pass_tokens or (CPU_PASS_TOKENS if on_cpu else GPU_PASS_TOKENS)
+        scorer = choice_logps if on_cpu else packed_choice_logps
         asked = [[items[i].encoded for i in chunk] for chunk in chunks]
         with (
             evaluating(subject),
             adapter_as_asked(subject.network, base=subject.base),
-            closing(choice_logps(subject.network, asked, context=context, pass_tokens=tokens)) as found,
+            closing(scorer(subject.network, asked, context=context, pass_tokens=tokens)) as found,
         ):
             for chunk, scores in zip(chunks, found, strict=True):
                 yield [_line(items[i], logps, context) for i, logps in zip(chunk, scores, strict=True)]
@@ -145,7 +164,7 @@ class MMLU:
         return (
             f"scores the tokens that a prompt gains by ' A' to ' D': {'; '.join(told)}\n"
             f"{sum(map(len, prefixes.values()))} different prefixes (up to a prompt's last empty line), more than one in "
-            f"{several} of {len(prefixes)} subjects; {len(self.chunks(items))} groups share the tokens they begin with"
+            f"{several} of {len(prefixes)} subjects; {len(self._groups(items))} groups share the tokens they begin with"
         )
 
 

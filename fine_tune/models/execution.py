@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from fine_tune.kernels import lora, segment_attention
+from fine_tune.kernels import frozen_linear, lora, segment_attention
 from fine_tune.models.adapter import causal_lm
 from fine_tune.models.base import decoder
-from fine_tune.models.fused_lora import fuse, trains_fused
+from fine_tune.models.fused_lora import fuse, fuse_frozen, trains_fused
 from fine_tune.models.offload import OffloadedInputs
 
 Recompute = Literal["none", "selective", "full"]
@@ -156,7 +156,7 @@ def _step(layer: nn.Module, shared: LayerRuns) -> Callable[..., Any]:
 
 def _policy(*, products: bool) -> Callable[..., CheckpointPolicy]:
     """Keep what is dear to compute; ``products``: also those that are not inside an operation of ours."""
-    kept = {*lora.KEPT, *segment_attention.KEPT}
+    kept = {*lora.KEPT, *frozen_linear.KEPT, *segment_attention.KEPT}
     for space, names in (("torch_attn", ("_varlen_attn",)), ("bitsandbytes", ("gemm_4bit",))):
         kept.update(getattr(getattr(torch.ops, space), name).default for name in names if _exists(space, name))
     if products:
@@ -178,6 +178,8 @@ def prepare_layers(network: nn.Module, execution: Execution) -> LayerRuns:
     What runs between the layers, and the chunked head, stays as it is. Names and parameters do too.
     """
     fused = fuse(network) if execution.fused_lora else 0
+    if execution.fused_lora or execution.compile:
+        fuse_frozen(network)
     layers = decoder_layers(network)
     runs = LayerRuns(execution, execution.compile, fused=fused, trains_fused=trains_fused(network), count=len(layers))
     if execution.offload:

@@ -1,4 +1,7 @@
-"""LoRA layers of PEFT that compute with one operation of ours where it covers them, and with PEFT's own code elsewhere."""
+"""LoRA layers of PEFT, and 4-bit layers without one, that compute with one operation of ours where it covers them.
+
+Elsewhere they compute as PEFT and bitsandbytes do.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,13 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
-from fine_tune.kernels.frozen_weight import FrozenWeight
+from fine_tune.kernels.frozen_linear import frozen_linear
+from fine_tune.kernels.frozen_weight import DENSE, FrozenWeight
 from fine_tune.kernels.lora import lora_linear
+
+# Measured on an H100 with a 4-bit weight of 4,096 x 11,008 and an adapter: theirs 229 us and ours 386 at 512 rows, 1,524 and 1,285
+# at 8,192.
+FEW_ROWS = 2048
 
 
 class _Fused:
@@ -20,7 +28,8 @@ class _Fused:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer: Any = self
-        if args or kwargs or not _covers(layer, x):
+        few = self._frozen.layout != DENSE and _has_few_rows(x)
+        if args or kwargs or few or not _covers(layer, x):
             found: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return found
         name = layer.active_adapters[0]
@@ -39,6 +48,35 @@ class _Fused:
 
 class FusedLinear(_Fused, Linear):
     """A dense layer with LoRA."""
+
+
+class _Frozen:
+    """Mixed into a 4-bit layer of bitsandbytes; ``_frozen`` is its weight."""
+
+    _frozen: FrozenWeight
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        if _has_few_rows(x) or self._frozen.parts[0] is not layer.weight:
+            found: Tensor = super().forward(x)  # type: ignore[misc]
+            return found
+        dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
+        return frozen_linear(x.to(dtype), self._frozen, layer.out_features, bias=layer.bias).to(x.dtype)
+
+
+def fuse_frozen(network: nn.Module) -> int:
+    """Let every 4-bit layer take our operation in training, those inside LoRA layers as well; returns how many do."""
+    if (kind := _frozen_kind()) is None:
+        return 0
+    plain, ours = kind
+    fused = 0
+    for module in network.modules():
+        frozen = FrozenWeight.of(module.weight) if type(module) is plain else None
+        if frozen is not None and frozen.layout != DENSE:
+            module.__class__ = ours
+            module._frozen = frozen  # type: ignore[assignment]
+            fused += 1
+    return fused
 
 
 def fuse(network: nn.Module) -> int:
@@ -78,6 +116,20 @@ def _quantised_kind() -> tuple[type, type] | None:
     except ImportError:
         return None
     return Linear4bit, type("FusedLinear4bit", (_Fused, Linear4bit), {"__doc__": "A 4-bit layer with LoRA."})
+
+
+@functools.cache
+def _frozen_kind() -> tuple[type, type] | None:
+    try:
+        from bitsandbytes.nn.modules import Linear4bit
+    except ImportError:
+        return None
+    return Linear4bit, type("FrozenLinear4bit", (_Frozen, Linear4bit), {"__doc__": "A 4-bit layer that does not train."})
+
+
+def _has_few_rows(x: Tensor) -> bool:
+    """Tell whether a pass without a backward has so few rows that bitsandbytes' own kernels for them are faster."""
+    return not (torch.is_grad_enabled() and x.requires_grad) and x.numel() < FEW_ROWS * x.shape[-1]
 
 
 def _covers(layer: Any, x: Tensor) -> bool:

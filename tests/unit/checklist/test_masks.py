@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fine_tune.checklist import masks
 from fine_tune.checklist.masks import header_of, masks_item, stretches
 from fine_tune.models.hub import resolve_model
 from fine_tune.models.tokenizer import load_tokenizer
@@ -109,3 +110,12 @@ def test_a_row_that_was_cut_is_counted_and_no_fault(sample: Sample, reading: tup
     item = masks_item([sample, cut], *reading)
     assert item.passed is True
     assert item.says.startswith("3 of 4 answers end in '<|end|>' (1 are cut)")
+
+
+def test_a_header_that_cannot_be_told_from_its_question_is_no_fault(
+    sample: Sample, reading: tuple[Any, ChatTemplate], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As with a tokenizer that drops both questions: prompts are all header, and no row's answer follows all of that.
+    monkeypatch.setattr(masks, "PROBES", ("", ""))
+    assert header_of(Encoder(*reading)) == []
+    assert masks_item([sample], *reading).passed is True

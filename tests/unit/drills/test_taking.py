@@ -150,9 +150,9 @@ def test_the_tensor_that_differs_most_is_named_and_small_ones_do_not_decide() ->
     gaps, where = apart(left, right)
     assert gaps["gradients"] == pytest.approx(1e-5)
     assert where == "small"
-    assert apart(left, left) == ({"loss": 0.0, "gradients": 0.0}, "")
+    assert apart(left, left) == ({"loss": 0.0, "gradients": 0.0, "together": 0.0}, "")
     other = Taken(2.2, {"large": 1.5 * torch.ones(4), "small": left.gradients["small"]})
-    assert apart(left, other)[0] == pytest.approx({"loss": 0.1, "gradients": 0.5})
+    assert apart(left, other)[0] == pytest.approx({"loss": 0.1, "gradients": 0.5, "together": 0.5})
 
 
 def test_each_way_is_asked_where_it_says_something() -> None:

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
 
 from fine_tune.errors import ConfigError, DataError
 from fine_tune.evaluation import choices
-from fine_tune.evaluation.choices import ChoicePrompt, choice_logps, encode_choices, rows_of
+from fine_tune.evaluation.choice_rows import ChoicePrompt, encode_choices, rows_of
+from fine_tune.evaluation.choices import choice_logps
 from fine_tune.evaluation.shared_beginnings import share_beginnings
 from fine_tune.models import attention
 from fine_tune.models.base import decoder, set_attention

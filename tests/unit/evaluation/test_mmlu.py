@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fine_tune.errors import ConfigError
+from fine_tune.evaluation import mmlu
 from fine_tune.evaluation.mmlu import MMLU, spread
 from fine_tune.evaluation.mmlu_data import Prompt, read_csv
 from fine_tune.evaluation.protocol import Subject
@@ -42,12 +43,14 @@ def scored(evaluation: MMLU, subject: Subject) -> list[dict[str, Any]]:
     return [found[i] for i in range(len(items))]
 
 
-def test_lines_hold_what_readers_parse(subject: Subject, tmp_path: Path) -> None:
+def test_lines_hold_what_readers_parse(subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path)
     evaluation = MMLU(path=str(tmp_path), format="csv")
     lines = scored(evaluation, subject)
     items = evaluation.prepare(subject.tokenizer, subject.template)
-    # A subject's questions come together, behind their examples.
+    # A subject's questions come together, behind their examples; subjects too, as long as a pass has room for them.
+    assert evaluation.chunks(items) == [[0, 1, 2]]
+    monkeypatch.setattr(mmlu, "GPU_PASS_TOKENS", 1)
     assert evaluation.chunks(items) == [[0, 1], [2]]
     plain = one_by_one(subject.network, [item.encoded for item in items], 600)  # type: ignore[arg-type]
     for line, item, logps in zip(lines, items, plain, strict=True):

@@ -259,3 +259,25 @@ def test_what_has_no_adapter_or_is_no_linear_layer_is_left_alone() -> None:
     odd.base_model.model.up.fan_in_fan_out = True  # type: ignore[assignment,union-attr]
     assert fuse(odd) == 1
     assert type(odd.base_model.model.up) is Linear
+
+
+def test_few_rows_without_a_backward_pass_are_left_to_bitsandbytes(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(quantised=True)
+    fuse(model)
+    x = X.float()
+    with torch.no_grad():
+        theirs = model(x)
+        assert calls.count == 0
+        monkeypatch.setattr(fused_lora, "FEW_ROWS", x.numel() // x.shape[-1])
+        ours = model(x)
+    assert calls.count == 2
+    assert distance([ours], [theirs]) < 2e-6
+    # A backward pass follows: ours, however few rows.
+    monkeypatch.setattr(fused_lora, "FEW_ROWS", 10**6)
+    results(model)
+    assert calls.count == 4
+    dense = adapted()
+    fuse(dense)
+    with torch.no_grad():
+        dense(X)
+    assert calls.count == 6
