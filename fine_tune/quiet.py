@@ -6,7 +6,9 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import rich
 
@@ -24,6 +26,22 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(lightning|bitsandbytes|peft|transformers|torch)\b")
     # Rich would end the process without a word: `| head`, or a viewer that was closed, is no reason to end a night's run.
     rich.get_console().on_broken_pipe = print_nowhere  # type: ignore[method-assign]
+    if not isinstance(sys.unraisablehook, _WithoutDeadWorkers):
+        sys.unraisablehook = _WithoutDeadWorkers(sys.unraisablehook)
+
+
+class _WithoutDeadWorkers:
+    """What Python prints of errors that nobody can catch, but for a dead data worker's, which ends the run in our own words.
+
+    torch raises it from a signal handler, in whatever happens to run, such as the end of an older loader.
+    """
+
+    def __init__(self, before: Callable[[Any], Any]) -> None:
+        self.before = before
+
+    def __call__(self, found: Any) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value).startswith("DataLoader worker")):
+            self.before(found)
 
 
 def print_nowhere() -> None:

@@ -14,7 +14,7 @@ from rich.text import Text
 from fine_tune.evaluation.answers import Answerer
 from fine_tune.modules.step import stepping
 from fine_tune.rng import untouched_rng
-from fine_tune.storage import finite, read_lines, write_text
+from fine_tune.storage import append_text, finite, read_lines, write_text
 from fine_tune.text.conversation import Message
 from fine_tune.tracking.mailbox import Mailbox
 from fine_tune.visible import blanked
@@ -90,8 +90,7 @@ class GenerationPreview(pl.Callback):
             {"step": step, "prompt": prompt, "completion": text, "base_completion": base}
             for prompt, text, base in zip(prompts, said, self._base, strict=True)
         ]
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(finite(row)) + "\n" for row in rows)
+        append_text(self._path, "".join(json.dumps(finite(row)) + "\n" for row in rows))
         _show(step, rows)
         for logger in trainer.loggers:
             # Only trackers of ours take rows.

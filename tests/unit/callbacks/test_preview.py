@@ -15,6 +15,7 @@ from rich.console import Console
 
 from fine_tune.callbacks import preview
 from fine_tune.callbacks.preview import GenerationPreview, _brief
+from fine_tune.errors import StorageError
 from fine_tune.evaluation.answers import Completion
 
 
@@ -139,3 +140,13 @@ def test_other_ranks_answer_along_and_write_nothing(tmp_path: Path, screen: io.S
     assert not (tmp_path / "previews.jsonl").exists()
     assert module.answerer.calls == [(0, True), (0, False), (2, False)]
     assert screen.getvalue() == ""
+
+
+def test_a_run_whose_folder_is_gone_is_told_so_in_one_line(tmp_path: Path) -> None:
+    trainer, module = job(tmp_path)
+    callback = GenerationPreview(every_n_steps=2, prompts=["a", "b"])
+    callback.on_train_start(trainer, module)
+    (tmp_path / "previews.jsonl").unlink()
+    module.step = 2
+    with pytest.raises(StorageError, match=r"cannot write .*previews\.jsonl: No such file"):
+        callback.on_train_batch_end(trainer, module)
