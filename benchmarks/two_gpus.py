@@ -92,6 +92,12 @@ def as_table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def keep(results: dict[str, Any], out: Path) -> None:
+    """Write what there is so far."""
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    (out / "table.txt").write_text(as_table(results), encoding="utf-8")
+
+
 def passed(results: dict[str, Any]) -> bool:
     """Tell whether everything was done and is within its bound."""
     near = all(gap <= results["bounds"][key] for key, gap in results.get("apart", {"loss": float("inf")}).items())
@@ -117,18 +123,18 @@ def main() -> int:
     both = (("one", 1, []), ("two", RANKS, ["trainer.strategy=ddp", f"trainer.devices={RANKS}"]))
     for name, ranks, more in both:
         results["runs"][name] = train([*words, *more, f"trainer.max_steps={asked.steps}"], out / name, timeout=900.0, ranks=ranks)
+        keep(results, out)
     if all(run["exit_code"] == 0 for run in results["runs"].values()):
         count = min(asked.compared, asked.steps)
         steps = [first_steps(out / name, count) for name in ("one", "two")]
         speeds = [results["runs"][name]["tokens_per_second"] for name in ("one", "two")]
         results |= {"apart": compare(*steps), "compared_steps": count, "speedup": speeds[1] / speeds[0]}
+        keep(results, out)
     if not asked.no_drill:
         results["gradients"] = gradients([*words, "steps=2", "float64=false"], out)
     results["passed"] = passed(results)
-    table = as_table(results)
-    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (out / "table.txt").write_text(table, encoding="utf-8")
-    print(table, end="")
+    keep(results, out)
+    print(as_table(results), end="")
     return 0 if results["passed"] else 1
 
 
