@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
+
+# Until the tests begin: seven seconds of each worker go to looking through what importing torch and others leaves alive.
+gc.disable()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -45,7 +49,11 @@ def gpu() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let no worker wait for the built-in run that another one is doing: what starts from it comes after other long tests."""
-    first = ("configs", "integration")
-    items.sort(
-        key=lambda item: 1 if item.path.name == "test_built_in_preferences.py" else 0 if item.path.parent.name in first else 2
-    )
+    first, waiting = ("configs", "integration"), ("test_built_in_preferences.py", "test_chat_terminal.py", "test_merge.py")
+    items.sort(key=lambda item: 1 if item.path.name in waiting else 0 if item.path.parent.name in first else 2)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Collect garbage again, but look no more at what was imported; it stays until the end."""
+    gc.freeze()
+    gc.enable()

@@ -44,6 +44,16 @@ def test_every_option_composes_and_passes(group: str, option: str) -> None:
         assert cfg[group]["name"] == option
 
 
+@pytest.mark.parametrize("data", GROUPS["data"])
+def test_data_options_state_every_setting_of_their_format(data: str) -> None:
+    # Right behind the above: what was composed there is still kept.
+    cfg = check_config([f"data={data}", *companions("data", data)]).cfg["data"]
+    if cfg["format"] == "mix":
+        assert cfg["options"] == {}
+    else:
+        assert sorted(cfg["options"]) == sorted(field.name for field in fields(FORMATS[cfg["format"]].options))
+
+
 @pytest.mark.parametrize(("group", "option"), [pair for pair in OPTIONS if companions(*pair)], ids=lambda value: value)
 def test_declared_companions_are_needed(group: str, option: str) -> None:
     for word in companions(group, option):
@@ -104,15 +114,6 @@ def test_every_revision_is_a_commit_or_says_why_not() -> None:
                     assert "no commit" in comment, file
                 elif value != "null":
                     assert re.fullmatch(r"[0-9a-f]{40}", value), file
-
-
-@pytest.mark.parametrize("data", GROUPS["data"])
-def test_data_options_state_every_setting_of_their_format(data: str) -> None:
-    cfg = check_config([f"data={data}", *companions("data", data)]).cfg["data"]
-    if cfg["format"] == "mix":
-        assert cfg["options"] == {}
-    else:
-        assert sorted(cfg["options"]) == sorted(field.name for field in fields(FORMATS[cfg["format"]].options))
 
 
 def batch_in_file(data: str) -> str:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from fine_tune import checkpoints
 from fine_tune.interrupts import Interrupted
 from fine_tune.modules.step import StepModule
 from fine_tune.packing.batches import StepBatch
+from fine_tune.passport import replay
 
 from .asked import QUESTIONS, write_lines
 
@@ -93,6 +94,15 @@ def write_pairs(file: Path, num: int = 45) -> Path:
     return file
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_passports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Record short answers in a passport, a fourth of a small run's time, where passports are not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_merge.py":
+            patch.setattr(replay, "NUM_TOKENS", 6)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A model folder and a file of chat rows."""
@@ -106,9 +116,9 @@ def small_job(stand_in: tuple[Path, Path], run_dir: Path, *more: str) -> list[st
     return [
         f"model.path={model}", "data=chat", f"data.path={rows}", "data.max_seq_len=40", "data.num_eval_items=0",
         f"data.cache_dir={run_dir.parent / 'cache'}", "data.val_share=0.1", "optim.lr=1e-2", "optim.global_batch_size=8",
-        "trainer=cpu", "trainer.max_steps=9", "trainer.micro_batch_tokens=64", "method.dropout=0.1",
+        "trainer=cpu", "trainer.max_steps=9", "trainer.micro_batch_tokens=96", "method.dropout=0.1",
         "callbacks.checkpoint.every_n_steps=1", "callbacks.checkpoint.keep=2", "callbacks.preview.every_n_steps=4",
-        "callbacks.preview.max_new_tokens=4", UNCHECKED, f"run_dir={run_dir}", *more,
+        "callbacks.preview.max_new_tokens=4", "callbacks.preview.num_prompts=1", UNCHECKED, f"run_dir={run_dir}", *more,
     ]  # fmt: skip
 
 
@@ -130,8 +140,8 @@ def small_pairs_job(pair_stand_in: tuple[Path, Path], run_dir: Path, *more: str)
     """Overrides of a preference run that takes seconds: as small_job, on pairs and without dropout."""
     words = [word for word in small_job(pair_stand_in, run_dir) if word != "data=chat"]
     return [
-        "objective=dpo", "data=preferences", *words, "objective.beta=0.1", "method.dropout=0.0", "trainer.micro_batch_tokens=96",
-        "trainer.val_every_n_steps=3", *more,
+        "objective=dpo", "data=preferences", *words, "objective.beta=0.1", "method.dropout=0.0", "trainer.micro_batch_tokens=144",
+        "trainer.val_every_n_steps=3", "callbacks.checkpoint.every_n_steps=3", *more,
     ]  # fmt: skip
 
 
@@ -205,10 +215,7 @@ def built_in_job(repository: Path, run_dir: Path, *more: str) -> subprocess.Comp
 def load_quantised(repository: Path) -> Any:
     """The built-in base as transformers and bitsandbytes load it, with nothing of ours."""
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
     )
     model = AutoModelForCausalLM.from_pretrained(
         str(repository / "fine_tune/world/base"), dtype=torch.float32, quantization_config=nf4
@@ -288,11 +295,5 @@ def spawn(
             "StepModule.training_step = stopping\n" + code
         )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", code, *overrides],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=environment,
-        check=False,
-    )
+    command = [sys.executable, "-c", code, *overrides]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 
 import fine_tune
 
-from .typist import Typist, at_a_terminal
+from .typist import Typist, at_a_terminal, ready_to_start
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,15 @@ def taught(built_in_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture(scope="module")
-def rambling() -> Iterator[Typist]:
+def ready() -> Iterator[subprocess.Popen[str]]:
+    with ready_to_start() as process:
+        yield process
+
+
+@pytest.fixture
+def rambling(ready: subprocess.Popen[str]) -> Iterator[Typist]:
     """The built-in base at a terminal; it hardly ever ends an answer by itself."""
-    with at_a_terminal(["chat", "ckpt=base", "accelerator=cpu", "max_new_tokens=60"], slowly=True) as typist:
+    with at_a_terminal(ready, ["chat", "ckpt=base", "accelerator=cpu", "max_new_tokens=60"], slowly=True) as typist:
         typist.wait_for("you> ")
         yield typist
 
@@ -53,11 +60,13 @@ def test_an_answer_streams_and_ctrl_c_stops_it_and_not_the_program(rambling: Typ
 
 
 @pytest.mark.parametrize("columns", [130, pytest.param(80, marks=pytest.mark.drill)])
-def test_two_checkpoints_at_a_terminal_save_pairs_that_train(columns: int, taught: Path, tmp_path: Path) -> None:
+def test_two_checkpoints_at_a_terminal_save_pairs_that_train(
+    columns: int, ready: subprocess.Popen[str], taught: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "pairs.jsonl"
-    words = ["chat", f"ckpt=[base,{taught}]", "accelerator=cpu", "max_new_tokens=40", f"save={file}"]
+    words = ["chat", f"ckpt=[base,{taught}]", "accelerator=cpu", "max_new_tokens=24", f"save={file}"]
     questions = ["What is 3 plus 4?", "Which animal lives in the barn?", "Hello there."]
-    with at_a_terminal(words, columns=columns) as typist:
+    with at_a_terminal(ready, words, columns=columns) as typist:
         for question in questions:
             typist.wait_for("you> ")
             typist.type(f"{question}\n")

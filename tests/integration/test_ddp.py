@@ -21,6 +21,7 @@ from .conftest import read_metrics, small_job, small_pairs_job
 def test_two_processes_equal_one(stand_in: tuple[Path, Path], tmp_path: Path, repository: Path) -> None:
     # No dropout: each process draws its own.
     more = ["method.dropout=0.0", "trainer.val_every_n_steps=3", "callbacks.checkpoint.every_n_steps=3"]
+    more.append("trainer.micro_batch_tokens=64")
     fine_tune.train(small_job(stand_in, tmp_path / "one", *more))
     two_processes(small_job(stand_in, tmp_path / "two", *more), repository)
     assert_close(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"))
@@ -32,7 +33,7 @@ def test_two_processes_equal_one_on_pairs(
     pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path: Path, repository: Path, stored: bool
 ) -> None:
     # Micro-batches of two or three pairs, and a last step of one pair: a rank without work.
-    more = [f"init_from={sft_run}", "callbacks.checkpoint.every_n_steps=3"]
+    more = [f"init_from={sft_run}", "callbacks.checkpoint.every_n_steps=3", "trainer.micro_batch_tokens=96"]
     fine_tune.train(small_pairs_job(pair_stand_in, tmp_path / "one", *more))
     store = tmp_path / "store"
     words = [*more, *([f"objective.reference_store={store}"] if stored else [])]

@@ -17,6 +17,8 @@ from fine_tune.starting import REFERENCE_FILE
 from .conftest import assert_same_end, read_metrics, small_pairs_job, spawn, stop_in_this_process
 
 LAST = 9
+# Where only what the loss is measured from is asked: a validation before the stop, and one after it.
+SHORT = ["trainer.max_steps=4", "trainer.val_every_n_steps=2"]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +38,22 @@ def straight_stored(pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path_fa
     return run_dir
 
 
-@pytest.fixture
-def half_done(pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    run_dir = tmp_path / "run"
-    stop_in_this_process(5, monkeypatch, small_pairs_job(pair_stand_in, run_dir, f"init_from={sft_run}"))
+@pytest.fixture(scope="module")
+def stopped_at_5(pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_this_process(5, patch, small_pairs_job(pair_stand_in, run_dir, f"init_from={sft_run}"))
     return run_dir
+
+
+@pytest.fixture
+def half_done(stopped_at_5: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stopped_at_5, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("step", "workers"),
-    [(5, 0), (LAST - 1, 2), *(pytest.param(*more, marks=pytest.mark.drill) for more in ((1, 0), (1, 2), (5, 2), (LAST - 1, 0)))],
+    [(5, 0), *(pytest.param(*more, marks=pytest.mark.drill) for more in ((1, 0), (1, 2), (5, 2), (LAST - 1, 0), (LAST - 1, 2)))],
 )
 def test_stopped_and_resumed_equals_uninterrupted(
     straight: Path,
@@ -85,24 +93,24 @@ def test_a_reference_from_a_folder_that_is_gone(
     reference = tmp_path / "reference"
     shutil.copytree(sft_run / "adapter", reference)
     # The start is the base, and the reference another model: both must be found again.
-    words = [f"objective.reference={reference}", "objective.allow_other_start=true"]
+    words = [f"objective.reference={reference}", "objective.allow_other_start=true", *SHORT]
     fine_tune.train(small_pairs_job(pair_stand_in, tmp_path / "whole" / "run", *words))
     run_dir = tmp_path / "halted" / "run"
-    stop_in_this_process(5, monkeypatch, small_pairs_job(pair_stand_in, run_dir, *words))
+    stop_in_this_process(2, monkeypatch, small_pairs_job(pair_stand_in, run_dir, *words))
     shutil.rmtree(reference)
     fine_tune.train([f"resume={run_dir}"])
-    assert_same_end(tmp_path / "whole" / "run", run_dir, step=LAST)
+    assert_same_end(tmp_path / "whole" / "run", run_dir, step=4)
 
 
 def test_a_base_reference_is_made_again(
     pair_stand_in: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fine_tune.train(small_pairs_job(pair_stand_in, tmp_path / "whole" / "run"))
+    fine_tune.train(small_pairs_job(pair_stand_in, tmp_path / "whole" / "run", *SHORT))
     run_dir = tmp_path / "halted" / "run"
-    stop_in_this_process(LAST - 1, monkeypatch, small_pairs_job(pair_stand_in, run_dir))
+    stop_in_this_process(3, monkeypatch, small_pairs_job(pair_stand_in, run_dir, *SHORT))
     torch.manual_seed(999)
     fine_tune.train([f"resume={run_dir}"])
-    assert_same_end(tmp_path / "whole" / "run", run_dir, step=LAST)
+    assert_same_end(tmp_path / "whole" / "run", run_dir, step=4)
 
 
 @pytest.mark.parametrize("store_is", ["kept", pytest.param("deleted", marks=pytest.mark.drill)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,9 +28,8 @@ from .conftest import read_metrics, small_pairs_job
 EPOCH, PAIRS = 6, 41
 
 
-@pytest.fixture
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Rows of every micro-batch that the reference was run on."""
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Note the rows of every micro-batch that the reference is run on."""
     seen: list[tuple[int, ...]] = []
     compute = DPOModule.reference_logps
 
@@ -41,15 +42,41 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture
-def job(pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path: Path) -> Callable[..., list[str]]:
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows of every micro-batch that the reference was run on."""
+    return watch(monkeypatch)
+
+
+def words_of(pair_stand_in: tuple[Path, Path], sft_run: Path, root: Path, name: str, *more: str) -> list[str]:
     """Words of a run by name, all with one store."""
+    place = [f"init_from={sft_run}", f"objective.reference_store={root / 'store'}"]
+    short = [f"trainer.max_steps={EPOCH + 1}", "callbacks.checkpoint.every_n_steps=100", "callbacks.preview=null"]
+    short.append("trainer.micro_batch_tokens=96")  # three a step
+    return small_pairs_job(pair_stand_in, root / name, *place, *short, *more)
 
-    def words(name: str, *more: str) -> list[str]:
-        place = [f"init_from={sft_run}", f"objective.reference_store={tmp_path / 'store'}"]
-        short = [f"trainer.max_steps={EPOCH + 1}", "callbacks.checkpoint.every_n_steps=100", "callbacks.preview=null"]
-        return small_pairs_job(pair_stand_in, tmp_path / name, *place, *short, *more)
 
-    return words
+@pytest.fixture
+def job(pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    return functools.partial(words_of, pair_stand_in, sft_run, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def filled(
+    pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[tuple[int, ...]]]:
+    """The folder of a run of one step and of the store that it filled, and the rows of every micro-batch of that."""
+    root = tmp_path_factory.mktemp("filled")
+    with pytest.MonkeyPatch.context() as patch:
+        seen = watch(patch)
+        fine_tune.train(words_of(pair_stand_in, sft_run, root, "one", "trainer.max_steps=1"))
+    return root, seen
+
+
+@pytest.fixture
+def one(filled: tuple[Path, list[tuple[int, ...]]], tmp_path: Path) -> list[tuple[int, ...]]:
+    """The run ``one`` and the store of ``filled``, in this test's folder."""
+    shutil.copytree(filled[0], tmp_path, dirs_exist_ok=True)
+    return filled[1]
 
 
 def files(tmp_path: Path) -> list[Path]:
@@ -120,11 +147,14 @@ def test_a_shorter_run_fills_a_part_and_a_longer_one_the_rest(
     ids=lambda more: more[0],
 )
 def test_whatever_decides_a_value_names_the_file(
-    job: Callable[..., list[str]], tmp_path: Path, computed: list[tuple[int, ...]], more: list[str]
+    job: Callable[..., list[str]],
+    tmp_path: Path,
+    one: list[tuple[int, ...]],
+    computed: list[tuple[int, ...]],
+    more: list[str],
 ) -> None:
-    fine_tune.train(job("one", "trainer.max_steps=1"))
     before = {file: file.read_bytes() for file in files(tmp_path)}
-    computed.clear()
+    assert len(before) == 1
     fine_tune.train(job("two", "trainer.max_steps=1", *more))
     assert len(files(tmp_path)) == 2
     assert all(file.read_bytes() == content for file, content in before.items())
@@ -151,12 +181,12 @@ def tamper(file: Path, rows: Sequence[int], *, nats: float, vouched: bool) -> No
 def test_changed_values_are_refused_and_the_file_is_named(
     job: Callable[..., list[str]],
     tmp_path: Path,
+    one: list[tuple[int, ...]],
     capsys: pytest.CaptureFixture[str],
     nats: float,
     vouched: bool,
     reason: str,
 ) -> None:
-    assert main(job("one", "trainer.max_steps=1")) == 0
     (file,) = files(tmp_path)
     tamper(file, range(PAIRS), nats=nats, vouched=vouched)
     capsys.readouterr()
@@ -188,12 +218,10 @@ def test_a_wrong_value_that_step_0_meets_is_blamed_on_the_store(
 
 
 def test_a_missing_value_is_computed(
-    job: Callable[..., list[str]], tmp_path: Path, computed: list[tuple[int, ...]]
+    job: Callable[..., list[str]], tmp_path: Path, one: list[tuple[int, ...]], computed: list[tuple[int, ...]]
 ) -> None:
-    fine_tune.train(job("one", "trainer.max_steps=1"))
     (file,) = files(tmp_path)
-    content, lost = load_file(file)["logps"], computed[-1]
-    computed.clear()
+    content, lost = load_file(file)["logps"], one[-1]
     tamper(file, lost[:1], nats=math.nan, vouched=True)
     fine_tune.train(job("two", "trainer.max_steps=1"))
     assert computed[-1] == lost

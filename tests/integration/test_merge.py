@@ -155,12 +155,14 @@ def test_a_checkpoint_merges_as_its_run_did_at_that_step(nf4: Path, tmp_path: Pa
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("in_process")
 def test_stories260k_merges_exactly(real_data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fine_tune.train(
         [
             f"model.path={real_data / 'weights' / 'stories260K'}", "data=instructions", "data.num_eval_items=0",
             f"data.path={real_data / 'instruct' / 'alpaca_en_demo.json'}", "data.max_seq_len=256", "data.max_lost_share=1",
+            "data.max_examples=40", "data.max_val_examples=8", "optim.global_batch_size=8",
             "trainer=cpu", "trainer.max_steps=4", "optim.lr=1e-3", "callbacks.preview=null", f"run_dir={run}",
             f"data.cache_dir={tmp_path / 'cache'}",
         ]

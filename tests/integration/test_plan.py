@@ -90,7 +90,10 @@ def test_a_run_keeps_what_was_settled(tmp_path: Path, capsys: pytest.CaptureFixt
 
     import fine_tune
 
-    words = ["trainer=cpu", "trainer.max_steps=1", "trainer.micro_batch_tokens=auto", "callbacks.preview=null"]
+    words = [
+        "trainer=cpu", "trainer.max_steps=1", "trainer.micro_batch_tokens=auto", "callbacks.preview=null",
+        "optim.global_batch_size=8", "data.max_examples=100", "data.max_val_examples=8",
+    ]  # fmt: skip
     fine_tune.train([*words, "data.num_eval_items=0", f"run_dir={tmp_path / 'run'}"])
     trainer = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text(encoding="utf-8"))["trainer"]
     assert (trainer["speed"], trainer["micro_batch_tokens"]) == ("plain", 4096)

@@ -18,6 +18,8 @@ from .test_ddp import assert_close, two_processes
 LAST = 9
 # No dropout: each process draws its own.
 MORE = ["method.dropout=0.0", "trainer.val_every_n_steps=3", "callbacks.checkpoint.every_n_steps=3", "callbacks.checkpoint.keep=9"]
+# Enough micro-batches a step for two processes to share.
+SHARED, SHARED_PAIRS = "trainer.micro_batch_tokens=64", "trainer.micro_batch_tokens=96"
 ON_ONE = ["trainer.devices=1"]
 ON_TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
@@ -49,9 +51,9 @@ def assert_same_run(one: Path, other: Path) -> None:
 @pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_two_then_one_then_two_processes(stand_in: tuple[Path, Path], tmp_path: Path, repository: Path) -> None:
-    fine_tune.train(small_job(stand_in, tmp_path / "straight", *MORE))
+    fine_tune.train(small_job(stand_in, tmp_path / "straight", *MORE, SHARED))
     run_dir = tmp_path / "changing"
-    two_processes(small_job(stand_in, run_dir, *MORE), repository)
+    two_processes(small_job(stand_in, run_dir, *MORE, SHARED), repository)
     cut_back(run_dir, 3)
     fine_tune.train([f"resume={run_dir}", *ON_ONE])
     assert_same_run(tmp_path / "straight", run_dir)
@@ -63,7 +65,7 @@ def test_two_then_one_then_two_processes(stand_in: tuple[Path, Path], tmp_path: 
 @pytest.mark.drill
 @pytest.mark.timeout(900)
 def test_one_then_two_processes(pair_stand_in: tuple[Path, Path], sft_run: Path, tmp_path: Path, repository: Path) -> None:
-    more = [f"init_from={sft_run}", *MORE]
+    more = [f"init_from={sft_run}", *MORE, SHARED_PAIRS]
     fine_tune.train(small_pairs_job(pair_stand_in, tmp_path / "straight", *more))
     run_dir = tmp_path / "changing"
     shutil.copytree(tmp_path / "straight", run_dir)
@@ -77,7 +79,7 @@ def test_one_then_two_processes(pair_stand_in: tuple[Path, Path], sft_run: Path,
 def test_a_run_that_loses_its_optimizer_on_the_way_is_caught(
     stand_in: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fine_tune.train(small_job(stand_in, tmp_path / "straight", *MORE))
+    fine_tune.train(small_job(stand_in, tmp_path / "straight", *MORE, SHARED))
     run_dir = tmp_path / "changing"
     shutil.copytree(tmp_path / "straight", run_dir)
     cut_back(run_dir, 6)

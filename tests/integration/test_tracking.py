@@ -229,7 +229,7 @@ def untracked(stand_in: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     return run_dir, time.monotonic() - started
 
 
-@pytest.mark.parametrize("server", [silent_server, closed_port])
+@pytest.mark.parametrize("server", [silent_server, pytest.param(closed_port, marks=pytest.mark.drill)])
 def test_an_unreachable_server_costs_a_bounded_wait_and_one_warning(
     server: Any,
     stand_in: tuple[Path, Path],

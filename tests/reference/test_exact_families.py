@@ -25,6 +25,14 @@ TOLERANCE, BROKEN = 1e-9, 1e-5
 ROWS = random_rows()
 Found = tuple[Tensor, dict[str, Tensor]]
 CASES = [(kind, tied) for kind in KINDS for tied in (False, True)]
+# Tied tables are outside the layers that a speed changes: every pair of the two is a drill.
+AT_EACH_SPEED = [
+    pytest.param(
+        (kind, tied), speed, id=f"{kind}-{'tied' if tied else 'untied'}-{speed}",
+        marks=pytest.mark.drill if tied and speed in ("fast", "lean") else (),
+    )
+    for kind, tied in CASES for speed in SPEEDS
+]  # fmt: skip
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
@@ -79,7 +87,7 @@ def distance(left: Found, right: Found) -> float:
     return max((left[0] - right[0]).abs().max().item(), gradients)
 
 
-@pytest.mark.parametrize("speed", SPEEDS)
+@pytest.mark.parametrize(("network", "speed"), AT_EACH_SPEED, indirect=["network"])
 def test_packed_equals_one_by_one(network: nn.Module, speed: str, request: pytest.FixtureRequest) -> None:
     """Everything of a speed but its compiler, whose graphs take minutes (the drill below)."""
     alone = one_by_one(network)

@@ -129,7 +129,7 @@ def samples_of(batch: Mapping[str, Tensor]) -> list[Sample]:
     return [sample_of(*pair) for pair in zip(rows[:half], rows[half:], strict=True)]
 
 
-@pytest.fixture(scope="module", params=["copy", "base"])
+@pytest.fixture(scope="module", params=["copy", pytest.param("base", marks=pytest.mark.drill)])
 def theirs(request: pytest.FixtureRequest, real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Theirs:
     """TRL's step in the two ways in which it finds its reference.
 

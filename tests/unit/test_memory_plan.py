@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Any:
     (place / "rows.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        # A model of that size takes half a second to lay out.
+        patch.setattr(memory_plan, "read_shape", functools.cache(read_shape))
         yield
 
 

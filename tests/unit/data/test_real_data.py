@@ -1,5 +1,6 @@
 """Real data sets through real tokenizers: masks, BOS and ledgers are those of the texts."""
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import cache
@@ -21,6 +22,8 @@ pytestmark = pytest.mark.real
 TOKENIZERS = ["llama", "mistral", "phi", "pythia"]
 TEMPLATES = ["guanaco", "llama2", "mistral_instruct", "instruct", "plain", "phi2"]
 BOS_IN_TEMPLATE = {"phi2": 0}
+# A row in eight by default; every row in the drill.
+every = pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.drill)])
 
 
 @cache
@@ -108,6 +111,7 @@ def expected_bos(template: ChatTemplate, spans: int, same_as_eos: bool) -> int:
     return count + spans * same_as_eos
 
 
+@every
 @pytest.mark.parametrize(
     ("name", "template_name"),
     [
@@ -122,7 +126,7 @@ def expected_bos(template: ChatTemplate, spans: int, same_as_eos: bool) -> int:
     ],
 )
 def test_learned_spans_are_the_answers_and_their_ends(
-    real_data: Path, tokenizer: PreTrainedTokenizerBase, name: str, template_name: str, tmp_path: Path
+    real_data: Path, tokenizer: PreTrainedTokenizerBase, name: str, template_name: str, every: int, tmp_path: Path
 ) -> None:
     template = load_template(template_name, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     found = rows(real_data, name, tmp_path)
@@ -130,6 +134,7 @@ def test_learned_spans_are_the_answers_and_their_ends(
         len(found)
         == {"oasst1": 928, "alpaca": 999, "sharegpt": 500, "guanaco": 188, "guanaco_llama2": 188}[name]
     )
+    found = found[::every]
     encoder = Encoder(tokenizer, template)
     same = tokenizer.bos_token_id == tokenizer.eos_token_id
     for row, encoded in zip(found, encoder.encode_many(found), strict=True):
@@ -181,9 +186,21 @@ def test_special_strings_in_user_text_stay_text(tokenizer: PreTrainedTokenizerBa
     check_row(row, encoded, tokenizer, template)
 
 
-@pytest.mark.parametrize(("name", "lost"), [("oasst1", 3), ("alpaca", 0), ("sharegpt", 0)])
+# Every data set and every tokenizer by default; all pairs of them in the drill.
+LOST = {"oasst1": 3, "alpaca": 0, "sharegpt": 0}
+LEDGERS = {("oasst1", "llama"), ("alpaca", "mistral"), ("sharegpt", "phi"), ("oasst1", "pythia")}
+
+
+@pytest.mark.parametrize(
+    ("name", "tokenizer"),
+    [
+        pytest.param(*pair, marks=() if pair in LEDGERS else pytest.mark.drill, id="-".join(pair))
+        for pair in itertools.product(LOST, TOKENIZERS)
+    ],
+    indirect=["tokenizer"],
+)
 def test_the_ledger_of_a_real_data_set_adds_up(
-    real_data: Path, tokenizer: PreTrainedTokenizerBase, name: str, lost: int, tmp_path: Path
+    real_data: Path, tokenizer: PreTrainedTokenizerBase, name: str, tmp_path: Path
 ) -> None:
     formats = {"oasst1": "oasst1", "alpaca": "instructions", "sharegpt": "chat"}
     files = {
@@ -208,7 +225,7 @@ def test_the_ledger_of_a_real_data_set_adds_up(
     assert total.kept == len(prepared.train) + len(prepared.val)
     assert total.tokens.kept == len(prepared.train.ids) + len(prepared.val.ids)
     assert total.tokens.supervised == prepared.train.supervised.sum() + prepared.val.supervised.sum()
-    assert total.dropped["orphan"] == lost
+    assert total.dropped["orphan"] == LOST[name]
     assert max(prepared.train.lengths.max(), prepared.val.lengths.max()) <= 256
     assert prepared.val.supervised.min() > 0
     assert prepared.train.supervised.min() > 0

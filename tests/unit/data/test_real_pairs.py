@@ -20,6 +20,14 @@ from fine_tune.text.template import load_template
 pytestmark = pytest.mark.real
 
 TOKENIZERS = ["llama", "mistral", "phi", "pythia"]
+OVERFLOWS = ["drop", "truncate_prompt", "truncate_completion", "keep_last_turns"]
+# Every tokenizer and every policy once by default, and a fifth of the rows; all of them in the drill.
+POLICIES = [
+    pytest.param(name, overflow, marks=() if (one - other) % 4 == 1 else pytest.mark.drill)
+    for one, name in enumerate(TOKENIZERS)
+    for other, overflow in enumerate(OVERFLOWS)
+]
+every = pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.drill)])
 FILES = {
     "ultrafeedback": ("ultrafeedback", "preference/ultrafeedback_train_1000.jsonl", 1000),
     "ultrafeedback_eval": ("ultrafeedback", "preference/ultrafeedback_eval_200.jsonl", 200),
@@ -67,14 +75,16 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return text.partition("\n")[2]
 
 
+@every
 @pytest.mark.parametrize("template_name", ["guanaco", "llama2", "mistral_instruct", "phi2"])
 @pytest.mark.parametrize("name", ["ultrafeedback_eval", "instructions"])
 def test_the_completions_are_the_two_answers_and_their_ends(
-    real_data: Path, tokenizer: PreTrainedTokenizerBase, name: str, template_name: str
+    real_data: Path, tokenizer: PreTrainedTokenizerBase, name: str, template_name: str, every: int
 ) -> None:
     template = load_template(template_name, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     encoder, keep, stop = Encoder(tokenizer, template), normal(tokenizer), template.end_of_turn
-    rows = pairs(real_data, name)[::4]
+    rows = pairs(real_data, name)[:: 4 * every]
+    assert len(rows) >= 10
     same = tokenizer.bos_token_id == tokenizer.eos_token_id
     for row, encoded in zip(rows, encode_pairs(encoder, rows), strict=True):
         assert isinstance(encoded, EncodedPair)
@@ -89,13 +99,15 @@ def test_the_completions_are_the_two_answers_and_their_ends(
         assert (encoded.has_bos, encoded.num_stops) == (bool(bos), 2)
 
 
+@every
 @pytest.mark.parametrize("template_name", ["guanaco", "llama2", "instruct", "phi2"])
 def test_training_generation_and_preferences_see_the_same_tokens(
-    real_data: Path, tokenizer: PreTrainedTokenizerBase, template_name: str
+    real_data: Path, tokenizer: PreTrainedTokenizerBase, template_name: str, every: int
 ) -> None:
     template = load_template(template_name, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     encoder = Encoder(tokenizer, template)
-    rows = pairs(real_data, "ultrafeedback")[::10] + pairs(real_data, "instructions")[::20]
+    rows = pairs(real_data, "ultrafeedback")[:: 10 * every] + pairs(real_data, "instructions")[:: 20 * every]
+    assert len(rows) >= 20
     for row, encoded in zip(rows, encode_pairs(encoder, rows), strict=True):
         assert isinstance(encoded, EncodedPair)
         assert encoded.prompt_ids == encoder.encode_prompt(row.prompt)
@@ -124,8 +136,7 @@ def prepared(folder: Path, tokenizer_name: str, cache_dir: Path, **changes: Any)
     return prepare(spec, tokenizer, template)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("overflow", ["drop", "truncate_prompt", "truncate_completion", "keep_last_turns"])
+@pytest.mark.parametrize(("name", "overflow"), POLICIES)
 def test_the_ledger_of_real_pairs_adds_up_and_only_one_policy_cuts_an_end(
     real_data: Path, name: str, overflow: str, tmp_path: Path
 ) -> None:

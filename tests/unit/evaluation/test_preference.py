@@ -38,9 +38,8 @@ def exact(exact_norm: None) -> Subject:
     return subject(network(dtype=torch.float64, peak=4.0))
 
 
-def alone(model: torch.nn.Module, spec: PrepareSpec, index: int) -> list[float]:
+def alone(model: torch.nn.Module, table: TokenTable, index: int) -> list[float]:
     """Sum each completion's log-probabilities from a plain sequence of its own."""
-    table = prepare(spec, tokenizer(), template()).val
     ids, _ = table.row(index)
     first, second = table.branches(index)
     found = []
@@ -56,11 +55,12 @@ def test_every_number_equals_a_completion_scored_alone(spec: PrepareSpec, exact:
     before = state_of(exact)
     lines = run(evaluation, exact)
     assert state_of(exact) == before
+    table = prepare(spec, tokenizer(), template()).val
     right: dict[str, list[float]] = {"sum": [], "mean": [], "reward": []}
     for index, line in enumerate(lines):
-        policy = alone(exact.network, spec, index)
+        policy = alone(exact.network, table, index)
         with adapter_off(exact.network):
-            base = alone(exact.network, spec, index)
+            base = alone(exact.network, table, index)
         assert [line["logps"][side] for side in ("chosen", "rejected")] == pytest.approx(policy, abs=EXACT)
         assert [line["logps"][f"base_{side}"] for side in ("chosen", "rejected")] == pytest.approx(base, abs=EXACT)
         tokens = line["tokens"]

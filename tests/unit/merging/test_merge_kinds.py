@@ -35,10 +35,14 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "dora, no quantisation": ("tied", ["method=dora"]),
     "adapter on a tied head": ("tied", [*NO_BITS, "method.target_modules=[q_proj,lm_head]"]),
 }
+# What another kind has, and more beside it.
+HELD_BY_OTHERS = ("nf4, single quantisation", "some layers", "tied", "head with a bias", "untied, new tokens in spare rows")
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.drill if kind in HELD_BY_OTHERS else ()) for kind in KINDS]
+)
 def test_the_folder_says_what_base_and_adapter_say(kind: str, tmp_path: Path, merge_into: Merge) -> None:
     model_kind, words = KINDS[kind]
     model = write_model(tmp_path / "model", model_kind)

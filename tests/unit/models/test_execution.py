@@ -177,8 +177,9 @@ def test_selective_recomputation_keeps_less_than_everything_and_full_the_least()
     ids=["full", "balanced"],
 )
 def test_a_4_bit_network_computes_what_a_plain_one_does(
-    base_folder: Path, compiler: CompileCounterWithBackend, how: Execution
+    base_folder: Path, compiler: CompileCounterWithBackend, how: Execution, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(execution, "compiled", compiling_with(compiler, dynamic=False))
     expected, network = policy(folder=base_folder), policy(folder=base_folder)
     runs = prepare_layers(network, how)
     assert runs.fused == 2 * LAYERS

@@ -60,16 +60,21 @@ def moved(network: nn.Module) -> FrozenAdapter:
     return FrozenAdapter(network, {name: value * 1.5 for name, value in snapshot(network).items()})
 
 
-@pytest.fixture(scope="module")
-def balanced() -> Iterator[Prepared]:
-    """One network for all tests of a preference step: tracing takes seconds. In float32, as a user's is."""
+def prepared(*, dynamic: bool) -> Prepared:
+    """A network in float32, as a user's is."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     network = policy(torch.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(execution, "compiled", compiling_with(counter))
+        patch.setattr(execution, "compiled", compiling_with(counter, dynamic=dynamic))
         prepare_layers(network, SPEEDS["balanced"])
-    yield Prepared(network, counter)
+    return Prepared(network, counter)
+
+
+@pytest.fixture(scope="module")
+def balanced() -> Iterator[Prepared]:
+    """One network for all drills of a preference step: tracing takes seconds."""
+    yield prepared(dynamic=True)
     torch._dynamo.reset()
 
 
@@ -93,8 +98,10 @@ def test_a_compiled_start_is_ln_2_and_not_nearly(balanced: Prepared) -> None:
     assert metrics["rewards/chosen"] == metrics["rewards/rejected"] == 0.0
 
 
-def test_a_compiled_preference_step_is_the_plain_one(balanced: Prepared) -> None:
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.drill)])
+def test_a_compiled_preference_step_is_the_plain_one(dynamic: bool) -> None:
     """With a reference that the policy is not: values are read when a graph runs, and not kept in it."""
+    balanced = prepared(dynamic=dynamic)
     eager = policy(torch.float32)
     loss, metrics, gradient = step(module_of(eager, moved(eager)), MICROS[0])
     found, seen, slope = step(module_of(balanced.network, moved(balanced.network)), MICROS[0])
@@ -102,6 +109,8 @@ def test_a_compiled_preference_step_is_the_plain_one(balanced: Prepared) -> None
     assert seen == pytest.approx(metrics, abs=1e-4)
     assert (slope - gradient).norm() <= 1e-5 * gradient.norm()
     assert abs(metrics["rewards/margins"]) > 1e-4
+    assert balanced.compiler.frame_count > 0
+    torch._dynamo.reset()
 
 
 @pytest.mark.drill

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -89,10 +90,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_uneven_and_empty_ranks_sum_to_the_gradient_of_one_process(tmp_path: Path) -> None:
     port, file = free_port(), tmp_path / "1.pt"
-    # Rank 0 is this process: starting one other is slow enough.
-    other = mp.spawn(work_and_save, args=(port, str(file)), nprocs=1, join=False)  # type: ignore[no-untyped-call]
+    # Rank 0 is this process, and a fork of it is the other: a fresh one imports for ten seconds.
+    other = mp.start_processes(  # type: ignore[no-untyped-call]
+        work_and_save, args=(port, str(file)), nprocs=1, join=False, start_method="fork"
+    )
     ranks = [work(0, port)]
     while not other.join():
         pass

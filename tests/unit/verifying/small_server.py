@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+
+
+@functools.lru_cache(maxsize=4096)
+def logps_after(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    """Score the next token; kept, since many servers are asked the same of one model."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
 
 
 @dataclass
@@ -74,8 +82,7 @@ class Served:
     def answer(self, ids: list[int], limit: int) -> tuple[str, str, dict[str, float]]:
         made, top = list(ids), {}
         for place in range(limit):
-            with torch.no_grad():
-                logps = self.model(input_ids=torch.tensor([made])).logits[0, -1].double().log_softmax(-1)
+            logps = logps_after(self.model, tuple(made))
             if place == 0:
                 values, best = logps.topk(5)
                 top = dict(zip((self.tokenizer.decode([i]) for i in best.tolist()), values.tolist(), strict=True))

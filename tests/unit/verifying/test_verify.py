@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,13 @@ from .small_server import Served, serving
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("sound") / "model")
+
+
+@pytest.fixture(scope="module")
+def tampered_once(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tampered folders by what was done to them, to be read only."""
+    root = tmp_path_factory.mktemp("tampered")
+    return functools.cache(lambda what: tampered(sound, root / what, what))
 
 
 def tampered(sound: Path, place: Path, what: str) -> Path:
@@ -124,9 +133,13 @@ def test_a_folder_that_does_not_stop_differs_later(
     assert verdict(capsys, f"passport={ending}", f"model={ending}", "accelerator=cpu")[0] == 0
 
 
+@functools.cache
+def loaded(folder: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(str(folder)), AutoTokenizer.from_pretrained(str(folder))
+
+
 def served(folder: Path, **options: Any) -> Served:
-    model = AutoModelForCausalLM.from_pretrained(str(folder))
-    return Served(model, AutoTokenizer.from_pretrained(str(folder)), **options)
+    return Served(*loaded(folder), **options)
 
 
 @pytest.mark.parametrize("speaks", ["vllm", "llama", "plain"])
@@ -150,9 +163,9 @@ CASES = [
 
 @pytest.mark.parametrize(("what", "speaks", "stage"), CASES)
 def test_a_tampered_server_differs_where_it_was_tampered_with(
-    what: str, speaks: str, stage: str, sound: Path, tmp_path: Path
+    what: str, speaks: str, stage: str, sound: Path, tampered_once: Callable[[str], Path]
 ) -> None:
-    folder = tampered(sound, tmp_path / "model", what)
+    folder = tampered_once(what)
     with serving(served(folder, speaks=speaks)) as url:
         server = Endpoint(url, model=None, key_env=None, timeout=30)
         findings = verify_served(read_passport(sound), server, tolerance=None)
