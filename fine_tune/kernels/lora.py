@@ -3,6 +3,7 @@
 ``y = x W^T + scale (x A^T) B^T + bias`` with a frozen W (Hu et al. 2021, arXiv:2106.09685, eq. 3). The weight is made dense
 inside the operation, in the forward and again in the backward pass, so that nothing of its size is kept between them.
 ``x A^T`` is an operation of its own: what recomputes activations needs it, and not the product, of the last layer of a block.
+With dropout the adapter reads another input than the weight does, and both operations have a backward pass.
 """
 
 from __future__ import annotations
@@ -31,12 +32,8 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     return torch.addmm(nothing, left, right, beta=0, alpha=scale)
 
 
-@torch.library.custom_op("fine_tune::lora_linear", mutates_args=())
-def _linear(
-    x: Tensor, inner: Tensor, frozen: list[Tensor], layout: str, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
-) -> Tensor:
-    # ``inner`` is scaled already; the scale is here for the backward pass.
-    weight = dense(frozen, layout, (b.shape[0], a.shape[1]), x.dtype)
+def _product(x: Tensor, inner: Tensor, weight: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Add both products and the bias, in the order that takes the least memory traffic."""
     up = b.to(x.dtype).t()
     if weight.shape[0] < weight.shape[1]:
         # Few outputs: adding the small product to them costs less than the large one loses by adding (measured on an H100).
@@ -45,6 +42,14 @@ def _linear(
     # The small product first: the large one adds to it on its way out.
     y = inner @ up if bias is None else torch.addmm(bias.to(x.dtype), inner, up)
     return y.addmm_(x, weight.t())
+
+
+@torch.library.custom_op("fine_tune::lora_linear", mutates_args=())
+def _linear(
+    x: Tensor, inner: Tensor, frozen: list[Tensor], layout: str, a: Tensor, b: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    # ``inner`` is scaled already; the scale is here for the backward pass.
+    return _product(x, inner, dense(frozen, layout, (b.shape[0], a.shape[1]), x.dtype), b, bias)
 
 
 @_linear.register_fake
@@ -93,19 +98,107 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 _linear.register_autograd(_backward, setup_context=_keep)
 
 
+@torch.library.custom_op("fine_tune::lora_down", mutates_args=())
+def _down(x: Tensor, a: Tensor, scale: float) -> Tensor:
+    return _scaled_product(x, a.to(x.dtype).t(), scale)
+
+
+@_down.register_fake
+def _(x: Tensor, a: Tensor, scale: float) -> Tensor:
+    return x.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("fine_tune::lora_down_backward", mutates_args=())
+def _down_backward(dy: Tensor, x: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scaled = dy * scale
+    return scaled @ a.to(dy.dtype), _wide_product(scaled.t(), x, a.dtype)
+
+
+@_down_backward.register_fake
+def _(dy: Tensor, x: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(a)
+
+
+def _keep_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, a, ctx.scale = inputs
+    ctx.save_for_backward(x, a)
+
+
+def _backward_down(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, a = ctx.saved_tensors
+    return (*_down_backward(dy.contiguous(), x, a, ctx.scale), None)
+
+
+_down.register_autograd(_backward_down, setup_context=_keep_down)
+
+
+@torch.library.custom_op("fine_tune::lora_up", mutates_args=())
+def _up(x: Tensor, inner: Tensor, frozen: list[Tensor], layout: str, b: Tensor, bias: Tensor | None) -> Tensor:
+    return _product(x, inner, dense(frozen, layout, (b.shape[0], x.shape[1]), x.dtype), b, bias)
+
+
+@_up.register_fake
+def _(x: Tensor, inner: Tensor, frozen: list[Tensor], layout: str, b: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], b.shape[0])
+
+
+@torch.library.custom_op("fine_tune::lora_up_backward", mutates_args=())
+def _up_backward(
+    dy: Tensor, inner: Tensor, frozen: list[Tensor], layout: str, in_features: int, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = dense(frozen, layout, (b.shape[0], in_features), dy.dtype)
+    return dy @ weight, dy @ b.to(dy.dtype), _wide_product(dy.t(), inner, b.dtype)
+
+
+@_up_backward.register_fake
+def _(
+    dy: Tensor, inner: Tensor, frozen: list[Tensor], layout: str, in_features: int, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return dy.new_empty(dy.shape[0], in_features), torch.empty_like(inner), torch.empty_like(b)
+
+
+def _keep_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, inner, frozen, ctx.layout, b, _ = inputs
+    ctx.in_features = x.shape[1]
+    ctx.save_for_backward(inner, b, *frozen)
+
+
+def _backward_up(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    inner, b, *frozen = ctx.saved_tensors
+    dx, d_inner, db = _up_backward(dy.contiguous(), inner, frozen, ctx.layout, ctx.in_features, b)
+    return dx, d_inner, [None] * len(frozen), None, db, None
+
+
+_up.register_autograd(_backward_up, setup_context=_keep_up)
+
+
 def lora_linear(
-    x: Tensor, weight: FrozenWeight, a: Tensor, b: Tensor, *, scale: float, bias: Tensor | None = None
+    x: Tensor,
+    weight: FrozenWeight,
+    a: Tensor,
+    b: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    dropped: Tensor | None = None,
 ) -> Tensor:
     """Return ``x W^T + scale (x A^T) B^T + bias`` with gradients for x, A and B; the rest is frozen.
+
+    ``dropped`` is what the adapter reads in place of x, of which some values are dropped; it has a gradient of its own.
 
     Shapes: x ``[..., K]``, W ``[N, K]``, A ``[r, K]``, B ``[N, r]``, bias ``[N]``; the result is ``[..., N]`` in x's dtype, in
     which everything is computed. Gradients of A and B are sums in their own dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    inner = _inner(rows.detach(), a.detach(), scale)
-    y: Tensor = _linear(rows, inner, list(weight.parts), weight.layout, a, b, bias, scale)
+    y: Tensor
+    if dropped is None:
+        inner = _inner(rows.detach(), a.detach(), scale)
+        y = _linear(rows, inner, list(weight.parts), weight.layout, a, b, bias, scale)
+    else:
+        inner = _down(dropped.reshape(-1, x.shape[-1]), a, scale)
+        y = _up(rows, inner, list(weight.parts), weight.layout, b, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # What selective recomputation keeps: products with the base's weights, and the small ones that their backward pass needs.
-KEPT = (torch.ops.fine_tune.lora_inner.default, torch.ops.fine_tune.lora_linear.default)
+KEPT = tuple(getattr(torch.ops.fine_tune, name).default for name in ("lora_inner", "lora_linear", "lora_down", "lora_up"))

@@ -147,7 +147,7 @@ def _everything(shape: ModelShape, stored: Stored, trained: Trained, execution: 
 
 def _selected(shape: ModelShape, stored: Stored, trained: Trained, execution: Execution, step: Step) -> int:
     """Bytes per token that one layer keeps when only products and attention are kept."""
-    fused = execution.fused_lora and not trained.dropout
+    fused = execution.fused_lora
     products = shape.linears[:-1] if fused or execution.compile else shape.linears
     values = _outputs(products) + shape.attention + shape.hidden + trained.rank * len(trained.layers)
     # PEFT's own code adds the adapter's product to the base's: two results where our operation has one.

@@ -34,13 +34,15 @@ class _Fused:
             return found
         name = layer.active_adapters[0]
         base = layer.base_layer
+        computed = x.to(_compute_dtype(base, x))
         y = lora_linear(
-            x.to(_compute_dtype(base, x)),
+            computed,
             self._frozen,
             layer.lora_A[name].weight,
             layer.lora_B[name].weight,
             scale=float(layer.scaling[name]),
             bias=base.bias,
+            dropped=layer.lora_dropout[name](computed) if _drops(layer, name) else None,
         )
         # As the layers that it stands for: 4-bit ones answer in the dtype they are asked in.
         return y.to(x.dtype) if hasattr(base, "compute_dtype") else y
@@ -82,7 +84,7 @@ def fuse_frozen(network: nn.Module) -> int:
 def fuse(network: nn.Module) -> int:
     """Let every LoRA layer that can take our operation take it; returns how many can.
 
-    A layer decides anew in each call: with several adapters, dropout, DoRA, a merged or switched-off adapter it computes as
+    A layer decides anew in each call: with several adapters, DoRA, a merged or switched-off adapter it computes as
     PEFT does. Names, parameters and saved files stay as they are.
     """
     kinds: dict[type, type] = {Linear: FusedLinear}
@@ -102,11 +104,10 @@ def fuse(network: nn.Module) -> int:
 
 
 def trains_fused(network: nn.Module) -> bool:
-    """Tell whether every adapted layer takes our operation in training, where dropout and DoRA leave it to PEFT."""
+    """Tell whether every adapted layer takes our operation in training, where DoRA leaves it to PEFT."""
     layers: list[Any] = [module for module in network.modules() if isinstance(module, LoraLayer)]
     fused = bool(layers) and all(isinstance(layer, _Fused) for layer in layers)
-    drops = any(getattr(dropout, "p", 0.0) > 0 for layer in layers for dropout in layer.lora_dropout.values())
-    return fused and not drops and not any(layer.lora_variant for layer in layers)
+    return fused and not any(layer.lora_variant for layer in layers)
 
 
 @functools.cache
@@ -143,9 +144,12 @@ def _covers(layer: Any, x: Tensor) -> bool:
     name = names[0]
     if name in layer.lora_variant or layer.lora_bias.get(name) or layer.base_layer.weight.requires_grad:
         return False
-    dropout = layer.lora_dropout[name]
-    drops = layer.training and getattr(dropout, "p", 0.0) > 0
-    return not drops and _compute_dtype(layer.base_layer, x).is_floating_point
+    return _compute_dtype(layer.base_layer, x).is_floating_point
+
+
+def _drops(layer: Any, name: str) -> bool:
+    """Tell whether the adapter reads another input than the weight does."""
+    return bool(layer.training) and getattr(layer.lora_dropout[name], "p", 0.0) > 0
 
 
 def _compute_dtype(base: nn.Linear, x: Tensor) -> torch.dtype:

@@ -79,6 +79,34 @@ def test_a_dense_layer_is_the_formula(outputs: int, inputs: int, bias: bool) -> 
     assert worst(gradients(found, parts), gradients(expected, parts)) < 1e-14
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(24, 16), (16, 24)])
+def test_the_adapter_reads_what_dropout_left(outputs: int, inputs: int, bias: bool) -> None:
+    parts, base = case(outputs, inputs, bias=bias), weight(outputs, inputs)
+    left = (torch.rand(parts.x.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64) > 0.3) / 0.7
+    found = lora_linear(
+        parts.x, FrozenWeight((base,), DENSE), parts.a, parts.b, scale=SCALE, bias=parts.bias, dropped=parts.x * left
+    )
+    expected = parts.x @ base.t() + SCALE * ((parts.x * left) @ parts.a.t()) @ parts.b.t()
+    expected = expected if parts.bias is None else expected + parts.bias
+    assert worst(found, expected) < 1e-14
+    assert worst(gradients(found, parts), gradients(expected, parts)) < 1e-14
+    # Control: without dropout, and with the dropped input for the weight as well, it is another function.
+    assert worst(found, plain(parts, base)) > 1e-2
+    assert worst(found, plain(parts._replace(x=parts.x * left), base)) > 1e-2
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(7, 5), (5, 7)])
+def test_gradients_with_dropout_are_those_of_finite_differences(outputs: int, inputs: int) -> None:
+    parts, base = case(outputs, inputs), FrozenWeight((weight(outputs, inputs),), DENSE)
+
+    def layer(x: Tensor, dropped: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return lora_linear(x, base, a, b, scale=SCALE, dropped=dropped)
+
+    x, dropped = (parts.x[:1, n : n + 2].detach().requires_grad_() for n in (0, 2))
+    assert torch.autograd.gradcheck(layer, (x, dropped, parts.a, parts.b))
+
+
 @pytest.mark.parametrize(("outputs", "inputs"), [(7, 5), (5, 7)])
 def test_gradients_are_those_of_finite_differences(outputs: int, inputs: int) -> None:
     parts, base = case(outputs, inputs, bias=True), FrozenWeight((weight(outputs, inputs),), DENSE)

@@ -53,7 +53,7 @@ MICROS = [pairs(0, (5, 7, 4), (9, 3, 6)), documents(1, 9, 4, 6), pairs(2, (4, 8,
 
 
 def compiling_with(
-    backend: Callable[..., Any], *, dynamic: bool = True
+    backend: str | Callable[..., Any], *, dynamic: bool = True
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Compile as the product does; not ``dynamic`` where one shape is all there is: half the time to trace."""
     return lambda step: torch.compile(step, dynamic=dynamic, backend=backend)

@@ -91,7 +91,6 @@ def switched_off(model: PeftModel) -> PeftModel:
 
 
 BEYOND: dict[str, Callable[[], PeftModel]] = {
-    "dropout": lambda: adapted(lora_dropout=0.4),
     "DoRA": lambda: adapted(use_dora=True),
     "bias of B": lambda: adapted(lora_bias=True, target_modules=["up"]),
     "off": lambda: switched_off(adapted()),
@@ -144,6 +143,18 @@ def test_a_4_bit_base_that_was_merged_and_unmerged_is_the_one_that_it_has_now(ca
     expected = results(model)
     assert distance(expected, before) > 1e-3, "another base"
     assert distance(found, expected) < 2e-6
+
+
+@pytest.mark.parametrize(("quantised", "tolerance"), [(False, 1e-14), (True, 2e-6)], ids=["dense", "4 bits"])
+def test_dropout_draws_what_pefts_draws(calls: Calls, quantised: bool, tolerance: float) -> None:
+    model = adapted(quantised=quantised, lora_dropout=0.4)
+    expected = results(model)
+    assert distance(results(adapted(quantised=quantised)), expected) > 0.05, "it drops something"
+    fuse(model)
+    assert fused_lora.trains_fused(model)
+    found = results(model)
+    assert calls.count == 2
+    assert distance(found, expected) < tolerance
 
 
 def test_dropout_does_nothing_in_an_answer(calls: Calls) -> None:
