@@ -56,11 +56,14 @@ def test_killed_at_every_kind_of_place_and_at_three_random_moments(nf4: Path, qu
 
 
 def write_subjects(folder: Path) -> Path:
-    """Five subjects of MMLU, three questions each, so that the next subjects are under way when a chunk is written."""
+    """Five subjects of MMLU, three questions each, so that the next subjects are under way when a chunk is written.
+
+    Questions are so long that each subject is a chunk; the model sees their ends.
+    """
     rng = random.Random(2)
     (folder / "val").mkdir(parents=True)
     for subject in "abcde":
-        rows = [",".join(f"w{rng.randrange(60)} w{rng.randrange(60)}" for _ in range(5)) + ",A" for _ in range(3)]
+        rows = [",".join(" ".join(f"w{rng.randrange(60)}" for _ in range(600)) for _ in range(5)) + ",A" for _ in range(3)]
         (folder / "val" / f"{subject}_val.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     return folder
 
