@@ -98,38 +98,28 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
 _linear.register_autograd(_backward, setup_context=_keep)
 
 
-@torch.library.custom_op("fine_tune::lora_down", mutates_args=())
-def _down(x: Tensor, a: Tensor, scale: float) -> Tensor:
-    return _scaled_product(x, a.to(x.dtype).t(), scale)
-
-
-@_down.register_fake
-def _(x: Tensor, a: Tensor, scale: float) -> Tensor:
-    return x.new_empty(x.shape[0], a.shape[0])
-
-
-@torch.library.custom_op("fine_tune::lora_down_backward", mutates_args=())
-def _down_backward(dy: Tensor, x: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("fine_tune::lora_inner_backward", mutates_args=())
+def _inner_backward(dy: Tensor, x: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     scaled = dy * scale
     return scaled @ a.to(dy.dtype), _wide_product(scaled.t(), x, a.dtype)
 
 
-@_down_backward.register_fake
+@_inner_backward.register_fake
 def _(dy: Tensor, x: Tensor, a: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(a)
 
 
-def _keep_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep_inner(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, a, ctx.scale = inputs
     ctx.save_for_backward(x, a)
 
 
-def _backward_down(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+def _backward_inner(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     x, a = ctx.saved_tensors
-    return (*_down_backward(dy.contiguous(), x, a, ctx.scale), None)
+    return (*_inner_backward(dy.contiguous(), x, a, ctx.scale), None)
 
 
-_down.register_autograd(_backward_down, setup_context=_keep_down)
+_inner.register_autograd(_backward_inner, setup_context=_keep_inner)
 
 
 @torch.library.custom_op("fine_tune::lora_up", mutates_args=())
@@ -192,13 +182,14 @@ def lora_linear(
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor
     if dropped is None:
+        # Its gradients are in those of the product.
         inner = _inner(rows.detach(), a.detach(), scale)
         y = _linear(rows, inner, list(weight.parts), weight.layout, a, b, bias, scale)
     else:
-        inner = _down(dropped.reshape(-1, x.shape[-1]), a, scale)
+        inner = _inner(dropped.reshape(-1, x.shape[-1]), a, scale)
         y = _up(rows, inner, list(weight.parts), weight.layout, b, bias)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
 # What selective recomputation keeps: products with the base's weights, and the small ones that their backward pass needs.
-KEPT = tuple(getattr(torch.ops.fine_tune, name).default for name in ("lora_inner", "lora_linear", "lora_down", "lora_up"))
+KEPT = tuple(getattr(torch.ops.fine_tune, name).default for name in ("lora_inner", "lora_linear", "lora_up"))

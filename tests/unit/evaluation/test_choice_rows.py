@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +94,8 @@ def test_other_kinds_of_tokenizers_are_asked_each_time() -> None:
 
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["llama", "mistral", "pythia"])
-def test_real_prompts_get_the_same_endings(name: str) -> None:
-    folder = os.environ.get("FINE_TUNE_REAL_DATA")
-    if not folder:
-        pytest.skip("FINE_TUNE_REAL_DATA is not set")
-    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "tokenizers" / name)
-    prompts = [one.prompt for one in read_json(str(Path(folder) / "mmlu"), shots=0, split="val")][::30]
+def test_real_prompts_get_the_same_endings(name: str, real_data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(real_data / "tokenizers" / name)
+    prompts = [one.prompt for one in read_json(str(real_data / "mmlu"), shots=0, split="val")][::30]
     assert ends_tokens(tokenizer, ":")
     assert as_pairs(encode_choices(tokenizer, prompts, LETTERS)) == one_by_one(tokenizer, prompts)

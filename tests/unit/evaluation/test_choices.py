@@ -90,8 +90,8 @@ def test_the_attention_of_other_devices_scores_the_same(
     assert set(seen) == {"blocked", "sdpa"}
 
 
-@pytest.mark.parametrize("pass_tokens", [1, 100_000])
-def test_windows_of_attention_slide_over_the_shared_beginning(pass_tokens: int) -> None:
+def windowed() -> Qwen2ForCausalLM:
+    """Two of three layers see six tokens only."""
     torch.manual_seed(7)
     config = Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
@@ -100,6 +100,12 @@ def test_windows_of_attention_slide_over_the_shared_beginning(pass_tokens: int) 
     model = Qwen2ForCausalLM(config).double()
     assert config.layer_types == ["full_attention", "sliding_attention", "sliding_attention"]
     attention.register()
+    return model
+
+
+@pytest.mark.parametrize("pass_tokens", [1, 100_000])
+def test_windows_of_attention_slide_over_the_shared_beginning(pass_tokens: int) -> None:
+    model = windowed()
     ours = score(model, prompts(), context=64, pass_tokens=pass_tokens)
     assert gap(ours, one_by_one(model, prompts(), 64)) < 1e-9
     # Control: the windows are seen at all.

@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
 from fine_tune.evaluation import packed_choices
 from fine_tune.evaluation.choice_rows import ChoicePrompt
 from fine_tune.evaluation.packed_choices import packed_choice_logps
-from fine_tune.models import attention
 from fine_tune.models.base import decoder
 
-from ..models.conftest import VOCABULARY, llama
-from .test_choices import ENDINGS, gap, ids, one_by_one, prompts
+from ..models.conftest import llama
+from .test_choices import ENDINGS, gap, ids, one_by_one, prompts, windowed
 
 
 @pytest.fixture
@@ -51,14 +50,8 @@ def test_shared_beginnings_score_as_plain_texts_do(model: LlamaForCausalLM, pass
 
 @pytest.mark.parametrize("pass_tokens", [30, 100_000])
 def test_windows_of_attention_slide_over_the_shared_beginning(pass_tokens: int) -> None:
-    torch.manual_seed(7)
-    config = Qwen2Config(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, use_sliding_window=True, sliding_window=6, max_window_layers=1,
-        attn_implementation="eager",
-    )  # fmt: skip
-    attention.register()
-    model: Any = Qwen2ForCausalLM(config).double().eval()
+    model: Any = windowed().eval()
+    # Leaves packed attention set.
     theirs = one_by_one(model, prompts(), 64)
     ours = score(model, prompts(), context=64, pass_tokens=pass_tokens)
     assert gap(ours, theirs) < 1e-9

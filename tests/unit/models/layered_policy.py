@@ -13,11 +13,27 @@ from torch import nn
 
 from fine_tune.models.adapter import AdapterSpec, attach
 from fine_tune.models.base import load_base
+from fine_tune.models.execution import Execution
 from fine_tune.packing.batches import MicroBatch, Sample, pack
 
 from .conftest import VOCABULARY, base_spec, llama, randomize
 
 LAYERS = 4
+EAGER = {
+    "fused": Execution(fused_lora=True),
+    "selective": Execution("selective"),
+    "selective, fused": Execution("selective", fused_lora=True),
+    "full": Execution("full"),
+    "full, offload, fused": Execution("full", offload=True, fused_lora=True),
+}
+COMPILED = {
+    "compiled": Execution(compile=True),
+    "compiled, fused": Execution(compile=True, fused_lora=True),
+    "compiled, selective": Execution("selective", compile=True),
+    "compiled, selective, fused": Execution("selective", compile=True, fused_lora=True),
+    "compiled, full": Execution("full", compile=True),
+    "compiled, full, offload, fused": Execution("full", offload=True, compile=True, fused_lora=True),
+}
 
 
 def policy(dtype: torch.dtype = torch.float64, folder: Path | None = None) -> nn.Module:

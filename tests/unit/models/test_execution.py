@@ -21,7 +21,7 @@ from fine_tune.models.execution import Execution, decoder_layers, prepare_layers
 from fine_tune.models.forward import supervised_logps, supervised_states
 from fine_tune.packing.batches import MicroBatch
 
-from .layered_policy import LAYERS, MICROS, compiling_with, policy
+from .layered_policy import COMPILED, EAGER, LAYERS, MICROS, compiling_with, policy
 
 pytestmark = [
     # torch 2.13's own tracing asks itself for what it deprecates.
@@ -30,21 +30,6 @@ pytestmark = [
     # Dynamo looks whether the norm's input has a gradient, and hides what torch says to that.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
-EAGER = {
-    "fused": Execution(fused_lora=True),
-    "selective": Execution("selective"),
-    "selective, fused": Execution("selective", fused_lora=True),
-    "full": Execution("full"),
-    "full, offload, fused": Execution("full", offload=True, fused_lora=True),
-}
-COMPILED = {
-    "compiled": Execution(compile=True),
-    "compiled, fused": Execution(compile=True, fused_lora=True),
-    "compiled, selective": Execution("selective", compile=True),
-    "compiled, selective, fused": Execution("selective", compile=True, fused_lora=True),
-    "compiled, full": Execution("full", compile=True),
-    "compiled, full, offload, fused": Execution("full", offload=True, compile=True, fused_lora=True),
-}
 
 
 class Passed(NamedTuple):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fine_tune.models import execution
 from fine_tune.models.adapter import AdapterSpec, attach, trainable
-from fine_tune.models.execution import Execution, prepare_layers
+from fine_tune.models.execution import prepare_layers
 from fine_tune.models.forward import supervised_logps
 from fine_tune.models.fused_lora import trains_fused
 
 from .conftest import llama, randomize
-from .layered_policy import LAYERS, MICROS, compiling_with
+from .layered_policy import COMPILED, EAGER, LAYERS, MICROS, compiling_with
 
 # Torch's own, about how it traces.
 pytestmark = [
@@ -26,14 +26,7 @@ pytestmark = [
     # Dynamo looks whether the norm's input has a gradient, and hides what torch says to that.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
-WAYS = {
-    "fused": Execution(fused_lora=True),
-    "selective, fused": Execution("selective", fused_lora=True),
-    "full, offload, fused": Execution("full", offload=True, fused_lora=True),
-    "compiled, fused": Execution(compile=True, fused_lora=True),
-    "compiled, selective, fused": Execution("selective", compile=True, fused_lora=True),
-    "compiled, full, offload, fused": Execution("full", offload=True, compile=True, fused_lora=True),
-}
+WAYS = {name: how for name, how in (EAGER | COMPILED).items() if how.fused_lora}
 
 
 def dropping() -> nn.Module:
