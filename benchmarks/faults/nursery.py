@@ -97,6 +97,12 @@ class Process:
         return self.err.read_text(encoding="utf-8", errors="replace") if self.err.is_file() else ""
 
 
+def _as_at_a_prompt() -> None:
+    """Take the signals that nohup or a background shell has switched off; the faults send them."""
+    for sent in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(sent, signal.SIG_DFL)
+
+
 class Nursery:
     """A forking process with everything imported, and what is asked of it; one per scorecard."""
 
@@ -113,6 +119,7 @@ class Nursery:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,
+            preexec_fn=_as_at_a_prompt,
         )
         self._lock = threading.Lock()
 
