@@ -90,9 +90,11 @@ def draw(results: list[dict[str, Any]], file: Path) -> None:
     figure, panel = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     for speed, color in zip(dict.fromkeys(row["speed_asked"] for row in done), ("#1f6feb", "#9a6700", "#57606a"), strict=False):
         points = sorted((row["tokens"], row["peak_memory_gb"]) for row in done if row["speed_asked"] == speed)
-        panel.plot(*zip(*points, strict=True), marker="o", color=color, label=speed)
+        panel.plot(*zip(*points, strict=True), marker="o", color=color, label=f"speed={speed}")
         for tokens, peak in points:
             panel.annotate(f"{peak:.1f}", (tokens, peak), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8)
+    lengths = sorted({row["tokens"] for row in done})
+    panel.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
     panel.set_xlabel("tokens of a sequence")
     panel.set_ylabel("peak memory, GB")
     panel.set_xlim(0)
