@@ -48,6 +48,7 @@ UNIT_DPO = "unit/modules/test_dpo"
 UNIT_DPO_NUMBERS = "unit/modules/test_dpo_numbers"
 UNIT_PARALLEL = "unit/modules/test_parallel"
 UNIT_SFT = "unit/modules/test_sft"
+UNIT_LOSS_SCALING = "unit/modules/test_loss_scaling"
 UNIT_PLAN = "unit/packing/test_plan"
 
 # fmt: off
@@ -211,11 +212,15 @@ INVARIANTS: Final[dict[str, Invariant]] = {
         _of(SCHEDULE_AND_OPTIMIZER, "n24_control_micro_batches_for_steps_and_a_schedule_that_starts_again"),
     ),
     "N25": Invariant(
-        "Clipping is by the float64 norm of all gradients together; zero stays zero, and what is not finite stops the run.",
+        "Clipping is by the float64 norm of all gradients together, after unscaling; zero stays zero, and what is not finite "
+        "stops the run, or with a loss scaler skips the update.",
         _of(SCHEDULE_AND_OPTIMIZER, "n25_one_norm_over_everything_and_no_more_than_the_limit",
             "n25_gradients_of_zero_stay_zero")
-        + _of(UNIT_SFT, "nan_stops_the_run_before_the_update_and_names_step_and_rows"),
-        _of(SCHEDULE_AND_OPTIMIZER, "n25_control_each_tensor_clipped_by_its_own_norm"),
+        + _of(UNIT_SFT, "nan_stops_the_run_before_the_update_and_names_step_and_rows")
+        + _of(UNIT_LOSS_SCALING, "n25_clipping_is_by_the_norm_after_unscaling",
+            "an_infinite_gradient_skips_one_update_and_the_rate_waits"),
+        _of(SCHEDULE_AND_OPTIMIZER, "n25_control_each_tensor_clipped_by_its_own_norm")
+        + _of(UNIT_LOSS_SCALING, "n25_control_clipping_before_unscaling"),
     ),
     "N26": Invariant(
         "AdamW is the textbook's; every trained tensor is in one group, and vectors do not decay.",

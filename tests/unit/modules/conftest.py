@@ -147,6 +147,7 @@ def fit(
     *,
     val: list[MicroBatch] | None = None,
     look: Callable[[Any], None] | None = None,
+    plugins: list[Any] | None = None,
 ) -> list[StepResult]:
     """Train for these steps; ``val`` is looked at before the first and after the last."""
     note = Note(look)
@@ -154,7 +155,7 @@ def fit(
         accelerator="cpu", devices=1, max_steps=len(steps), max_epochs=1, logger=False, callbacks=[note],
         default_root_dir=str(folder), enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False,
-        num_sanity_val_steps=-1 if val else 0, val_check_interval=len(steps), check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1 if val else 0, val_check_interval=len(steps), check_val_every_n_epoch=None, plugins=plugins,
     )  # fmt: skip
     trainer.fit(
         module,
