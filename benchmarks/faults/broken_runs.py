@@ -5,10 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.broken import nothing, replace, replace_method, variant
+
+
+class _NoLock:
+    def __init__(self, path: str) -> None: ...
+
+    def acquire(self, timeout: float = 0) -> None: ...
+
+    def release(self) -> None: ...
 
 
 @variant
@@ -20,13 +29,18 @@ def deaf() -> None:
 @variant
 def unlocked() -> None:
     """A run's folder is open to anybody."""
+    replace("fine_tune.run_folder", "FileLock", lambda old: _NoLock)
 
-    class NoLock:
-        def __init__(self, path: str) -> None: ...
 
-        acquire = release = nothing
+@variant
+def unlocked_for_long() -> None:
+    """The same, and between choosing a folder and writing into it there is time for another start to choose it too."""
 
-    replace("fine_tune.run_folder", "FileLock", lambda old: NoLock)
+    class Slow(_NoLock):
+        def acquire(self, timeout: float = 0) -> None:
+            time.sleep(4)
+
+    replace("fine_tune.run_folder", "FileLock", lambda old: Slow)
 
 
 @variant

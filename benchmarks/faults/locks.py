@@ -69,8 +69,18 @@ FAULTS = [
         survives(9, 0, may_lose=0, says=("in use",)),
         "unlocked",
     ),
-    Fault("two at once", "two starts at the same moment, one name", _at_once(2), survives(0, may_lose=0), "unlocked"),
     Fault(
-        "eight at once", "eight starts at the same moment, one name", _at_once(8), survives(0, may_lose=0), "unlocked"
+        "two at once",
+        "two starts at the same moment, one name",
+        _at_once(2),
+        survives(0, may_lose=0),
+        "unlocked_for_long",
+    ),
+    Fault(
+        "eight at once",
+        "eight starts at the same moment, one name",
+        _at_once(8),
+        survives(0, may_lose=0),
+        "unlocked_for_long",
     ),
 ]
