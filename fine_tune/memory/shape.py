@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,24 @@ class UnknownShape(Exception):
 
 
 def read_shape(folder: Path, *, trust_remote_code: bool = False) -> ModelShape:
-    """Read a model's shape from its folder.
+    """Read a model's shape from its folder; a process that asks again is answered from memory.
 
     Raises:
         UnknownShape: It does not run without weights, or is built otherwise, such as a mixture of experts.
     """
+    file = folder / "config.json"
+    if trust_remote_code or not file.is_file():
+        return _read(folder, trust_remote_code=trust_remote_code)
+    return _read_once(folder, file.read_bytes())
+
+
+@functools.lru_cache(maxsize=16)
+def _read_once(folder: Path, content: bytes) -> ModelShape:
+    # Without code of its own, its config decides a model's shape.
+    return _read(folder, trust_remote_code=False)
+
+
+def _read(folder: Path, *, trust_remote_code: bool) -> ModelShape:
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     try:
         with torch.device("meta"):

@@ -14,7 +14,7 @@ from fine_tune.showing import help_text
 HEAVY = ("torch", "lightning", "transformers", "peft", "datasets", "numpy", "pandas", "tokenizers", "rich", "matplotlib")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["optim.lrr=1"], ["-h", "model=llama2_7b"]])
+@pytest.mark.parametrize("words", [["--help"], ["optim.lrr=1"], pytest.param(["-h", "model=llama2_7b"], marks=pytest.mark.drill)])
 def test_the_answer_needs_nothing_heavy(words: list[str]) -> None:
     code = (
         "import io, sys, contextlib\n"

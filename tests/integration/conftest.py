@@ -31,7 +31,7 @@ from fine_tune import checkpoints
 from fine_tune.interrupts import Interrupted
 from fine_tune.modules.step import StepModule
 from fine_tune.packing.batches import StepBatch
-from fine_tune.passport import replay
+from fine_tune.passport import prompts, replay
 
 from .asked import QUESTIONS, write_lines
 
@@ -96,10 +96,19 @@ def write_pairs(file: Path, num: int = 45) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_passports(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Record short answers in a passport, a fourth of a small run's time, where passports are not what is tested."""
+    """Record few and short answers in a passport, a fourth of a small run's time, where passports are not what is tested."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.name != "test_merge.py":
             patch.setattr(replay, "NUM_TOKENS", 6)
+            patch.setattr(prompts, "NUM_PROMPTS", 2)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Leave to the system when what runs of this process wrote reaches the disk; only a power cut would show it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
         yield
 
 

@@ -93,7 +93,7 @@ def full(trained: Callable[..., Path]) -> Path:
     return trained("talking_full", "optim.lr=2e-4", "method=full")
 
 
-@pytest.mark.parametrize("name", ["nf4", "lora", "full", "base"])
+@pytest.mark.parametrize("name", ["nf4", pytest.param("lora", marks=pytest.mark.drill), "full", "base"])
 def test_the_answers_are_those_of_an_evaluation(name: str, root: Path, request: pytest.FixtureRequest) -> None:
     run: Path = request.getfixturevalue("nf4" if name == "base" else name)
     ckpt, label = (["base", run], "base") if name == "base" else (run, run.name)

@@ -31,7 +31,7 @@ def ready() -> Iterator[subprocess.Popen[str]]:
 @pytest.fixture
 def rambling(ready: subprocess.Popen[str]) -> Iterator[Typist]:
     """The built-in base at a terminal; it hardly ever ends an answer by itself."""
-    with at_a_terminal(ready, ["chat", "ckpt=base", "accelerator=cpu", "max_new_tokens=60"], slowly=True) as typist:
+    with at_a_terminal(ready, ["chat", "ckpt=base", "accelerator=cpu", "max_new_tokens=30"], slowly=True) as typist:
         typist.wait_for("you> ")
         yield typist
 

@@ -84,9 +84,10 @@ def test_initial_without_an_adapter_is_the_base(
     ("more", "loss"),
     [
         (["objective.loss=ipo"], 1 / (4 * BETA**2)),
-        (["objective.loss=hinge"], 1.0),
+        # tests/unit/modules/test_dpo.py has them all.
+        pytest.param(["objective.loss=hinge"], 1.0, marks=pytest.mark.drill),
         (["objective.loss=robust", "objective.label_smoothing=0.2"], LN_2),
-        (["objective.label_smoothing=0.2"], LN_2),
+        pytest.param(["objective.label_smoothing=0.2"], LN_2, marks=pytest.mark.drill),
     ],
 )
 def test_every_loss_starts_at_its_own_value(
@@ -258,7 +259,7 @@ def flawed_pairs(file: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.drill)])
 def test_the_ledger_counts_every_flaw(
     pair_stand_in: tuple[Path, Path],
     tmp_path: Path,

@@ -28,7 +28,7 @@ def straight(stand_in: tuple[Path, Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize(
     ("step", "workers"),
-    [(1, 0), (5, 2), (LAST - 1, 0), *(pytest.param(*more, marks=pytest.mark.drill) for more in ((1, 2), (5, 0), (LAST - 1, 2)))],
+    [(1, 0), (5, 2), *(pytest.param(*more, marks=pytest.mark.drill) for more in ((1, 2), (5, 0), (LAST - 1, 0), (LAST - 1, 2)))],
 )
 def test_stopped_and_resumed_equals_uninterrupted(
     straight: Path,

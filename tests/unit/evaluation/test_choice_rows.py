@@ -92,10 +92,14 @@ def test_other_kinds_of_tokenizers_are_asked_each_time() -> None:
     assert not ends_tokens(object(), "x")
 
 
+@pytest.fixture(scope="module")
+def real_prompts(real_data: Path) -> list[str]:
+    return [one.prompt for one in read_json(str(real_data / "mmlu"), shots=0, split="val")][::30]
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["llama", "mistral", "pythia"])
-def test_real_prompts_get_the_same_endings(name: str, real_data: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(real_data / "tokenizers" / name)
-    prompts = [one.prompt for one in read_json(str(real_data / "mmlu"), shots=0, split="val")][::30]
+def test_real_prompts_get_the_same_endings(name: str, real_data: Path, real_prompts: list[str]) -> None:
+    tokenizer, prompts = AutoTokenizer.from_pretrained(real_data / "tokenizers" / name), real_prompts
     assert ends_tokens(tokenizer, ":")
     assert as_pairs(encode_choices(tokenizer, prompts, LETTERS)) == one_by_one(tokenizer, prompts)

@@ -49,7 +49,7 @@ def alone(model: torch.nn.Module, table: TokenTable, index: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("size", [1, 100, 10**6])
+@pytest.mark.parametrize("size", [1, 100, pytest.param(10**6, marks=pytest.mark.drill)])
 def test_every_number_equals_a_completion_scored_alone(spec: PrepareSpec, exact: Subject, size: int) -> None:
     evaluation = Preference(spec, micro_batch_tokens=size, head_chunk_tokens=5)
     before = state_of(exact)

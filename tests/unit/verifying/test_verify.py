@@ -142,8 +142,14 @@ def served(folder: Path, **options: Any) -> Served:
     return Served(*loaded(folder), **options)
 
 
-@pytest.mark.parametrize("speaks", ["vllm", "llama", "plain"])
-@pytest.mark.parametrize("with_logprobs", [True, False])
+@pytest.mark.parametrize(
+    ("with_logprobs", "speaks"),
+    [
+        *((True, speaks) for speaks in ("vllm", "llama", "plain")),
+        (False, "plain"),
+        *(pytest.param(False, speaks, marks=pytest.mark.drill) for speaks in ("vllm", "llama")),
+    ],
+)
 def test_a_sound_server_says_the_same(
     speaks: str, with_logprobs: bool, sound: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,7 +167,13 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("what", "speaks", "stage"), CASES)
+# What of another server stands for: the same stage of the same tampering.
+ALIKE = [("template", "llama", PROMPT), ("weight", "llama", FIRST), ("weight", "ids only", FIRST), ("late weight", "plain", LATER)]
+
+
+@pytest.mark.parametrize(
+    ("what", "speaks", "stage"), [pytest.param(*case, marks=pytest.mark.drill if case in ALIKE else ()) for case in CASES]
+)
 def test_a_tampered_server_differs_where_it_was_tampered_with(
     what: str, speaks: str, stage: str, sound: Path, tampered_once: Callable[[str], Path]
 ) -> None:
