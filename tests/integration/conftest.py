@@ -104,7 +104,7 @@ def short_passports(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
     """Leave to the system when what runs of this process wrote reaches the disk; only a power cut would show it."""
     with pytest.MonkeyPatch.context() as patch:

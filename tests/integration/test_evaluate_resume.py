@@ -47,7 +47,7 @@ def assert_resumes(root: Path, words: list[str], *, places: Kills, moments: list
     return told
 
 
-@pytest.mark.parametrize("num_moments", [1, pytest.param(6, marks=pytest.mark.drill)])
+@pytest.mark.parametrize("num_moments", [1, pytest.param(3, marks=pytest.mark.drill)])
 def test_killed_at_every_kind_of_place_and_at_random_moments(
     nf4: Path, questions: Path, tmp_path: Path, num_moments: int
 ) -> None:
