@@ -43,7 +43,9 @@ def train(words: Sequence[str], place: Path, *, timeout: float = 300.0, ranks: i
     if done.returncode:
         said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         return {**wall, "error": " ".join(said[-4:])[-600:]}
-    return {**wall, **_figures(place)}
+    # Such as that layers run uncompiled: a figure of another kind of run.
+    warned = [line.strip()[-300:] for line in done.stderr.splitlines() if "Warning: " in line]
+    return {**wall, **_figures(place), "warned": warned}
 
 
 def _figures(place: Path) -> dict[str, Any]:
