@@ -17,6 +17,7 @@ from torch import nn
 from fine_tune import assembly, summary
 from fine_tune.callbacks.progress import progress_bar
 from fine_tune.checklist.passes import adapter_item, probe
+from fine_tune.data.module import dead_workers_told
 from fine_tune.data.prepare import Prepared
 from fine_tune.device import DEVICE_KEYS, DevicePlan, place_in_group, plan_device
 from fine_tune.errors import MemoryExhausted
@@ -99,6 +100,7 @@ def run(
         say(f"checked before loading: {', '.join(findings.looked_at)}")
         _free_earlier(plan)
         held.enter_context(_memory_told(plan))
+        held.enter_context(dead_workers_told(trainer["num_workers"]))
         job = Job(cfg, path, plan, checkpoint, signals, started, kept=kept, watcher=watcher)
         with job.trackers:
             return _train(job, inputs, overrides or [])

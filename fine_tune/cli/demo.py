@@ -7,7 +7,7 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from fine_tune.cli.verb import tell
+from fine_tune.cli.verb import tell, tell_stopped
 from fine_tune.errors import ConfigError, FineTuneError
 from fine_tune.visible import visible
 
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = demo(out)
     except FineTuneError as error:
         return tell(error)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        return tell_stopped(stopped)
     print(visible(f"the report: {report}"))
     if shown:
         webbrowser.open(report.resolve().as_uri())

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = importlib.import_module(VERBS[verb][0]).main(words[1:])
     except KeyboardInterrupt:
-        # While something is imported; at work a verb tells its own.
+        # While the verb itself is imported; what comes after that it tells itself.
         print("stopped by Ctrl-C", file=sys.stderr)
         return 130
     return code

@@ -12,7 +12,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from fine_tune.allocator import let_segments_grow
-from fine_tune.cli.verb import tell, tell_unexpected
+from fine_tune.cli.verb import tell, tell_stopped, tell_unexpected
 from fine_tune.config import check_config, find_conf_dir
 from fine_tune.errors import ConfigError, FineTuneError
 from fine_tune.overrides import for_hydra, group_options
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _serve(for_hydra(overrides, group_options(find_conf_dir())))
     except FineTuneError as error:
         return tell(error)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        return tell_stopped(stopped)
 
 
 def run_job(overrides: Sequence[str]) -> int:

@@ -33,8 +33,8 @@ def run_verb(
         action(words)
     except FineTuneError as error:
         return tell(error)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stopped:
+        return tell_stopped(stopped)
     except Exception as error:
         return tell_unexpected(error)
     return 0
@@ -47,6 +47,12 @@ def tell(error: FineTuneError) -> int:
     """
     print(visible(masked(str(error))), file=sys.stderr)
     return error.exit_code
+
+
+def tell_stopped(stopped: KeyboardInterrupt) -> int:
+    """Say on stderr that Ctrl-C ended a verb, in its own words where it has some, and return the exit code."""
+    print(visible(masked(str(stopped))) or "stopped by Ctrl-C", file=sys.stderr)
+    return 130
 
 
 def tell_unexpected(error: Exception) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -128,20 +129,33 @@ class StepLoader(DataLoader[Any]):
         Raises:
             EnvironmentProblem: A process that builds batches was killed.
         """
-        batches = super().__iter__()
+        batches, end = super().__iter__(), object()
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
+            with dead_workers_told(self.num_workers):
+                batch = next(batches, end)
+            if batch is end:
                 return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                raise EnvironmentProblem(
-                    f"trainer.num_workers={self.num_workers}: a process that builds batches has died ({error}). If memory ran "
-                    "out, pass trainer.num_workers=0. Go on with resume=<run folder>."
-                ) from error
             yield batch
+
+
+@contextmanager
+def dead_workers_told(num_workers: int) -> Iterator[None]:
+    """Tell in a sentence that a process that builds batches has died.
+
+    torch says so from a signal handler, in the middle of whatever the main thread does: around a whole run as well.
+
+    Raises:
+        EnvironmentProblem: It was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise EnvironmentProblem(
+            f"trainer.num_workers={num_workers}: a process that builds batches has died ({error}). If memory ran out, pass "
+            "trainer.num_workers=0. Go on with resume=<run folder>."
+        ) from error
 
 
 def leave_signals_to_the_run(worker: int) -> None:

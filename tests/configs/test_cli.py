@@ -191,3 +191,24 @@ def test_configs_are_found_from_any_folder(tmp_path: Path, repository: Path) -> 
         capture_output=True, text=True, cwd=tmp_path, check=True,
     )  # fmt: skip
     assert "path: builtin:tiny" in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("fine_tune.cli.train.check_config", ["train", "trainer=cpu"]),
+        ("fine_tune.cli.train._sweep", ["train", "-m", "sweep=lr"]),
+        ("fine_tune.cli.report._read", ["report", "runs/sft"]),
+        ("fine_tune.cli.demo.demo", ["demo"]),
+    ],
+)
+@pytest.mark.parametrize("said", ["", "stopped after step 3 and saved"])
+def test_ctrl_c_never_ends_without_a_word(
+    place: str, words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt(*[said] if said else [])
+
+    monkeypatch.setattr(place, interrupted)
+    assert verbs.main(words) == 130
+    assert capsys.readouterr().err == (said or "stopped by Ctrl-C") + "\n"

@@ -8,7 +8,7 @@ import signal
 import pytest
 from torch.utils.data import Dataset
 
-from fine_tune.data.module import StepLoader
+from fine_tune.data.module import StepLoader, dead_workers_told
 from fine_tune.errors import EnvironmentProblem
 
 
@@ -44,3 +44,10 @@ class Broken(Numbers):
 def test_another_error_stays_what_it_is() -> None:
     with pytest.raises(RuntimeError, match="a fault of our own"):
         list(StepLoader(Broken(), batch_size=None))
+
+
+def test_a_death_is_told_wherever_torchs_handler_raises_it() -> None:
+    with pytest.raises(EnvironmentProblem, match=r"num_workers=2: .* \(DataLoader worker \(pid 7\) is"), dead_workers_told(2):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="another"), dead_workers_told(2):
+        raise RuntimeError("another error")
