@@ -198,6 +198,7 @@ PROMISES: dict[str, Promise] = {
         "A data worker that is killed ends the run soon with what to do, and the resumed run is the clean one.",
         (
             "integration/test_dead_worker.py::test_a_killed_worker_loses_no_step_that_was_saved",
+            "integration/test_dead_worker.py::test_a_death_in_the_middle_of_a_step_is_told_in_a_sentence_as_well",
         ),
     ),
     "P28": Promise(
