@@ -27,6 +27,13 @@ def deaf() -> None:
 
 
 @variant
+def deaf_and_silent() -> None:
+    """The same, and Ctrl-C ends a verb without a word."""
+    deaf()
+    replace("fine_tune.cli.verb", "tell_stopped", lambda old: lambda stopped: 130)
+
+
+@variant
 def unlocked() -> None:
     """A run's folder is open to anybody."""
     replace("fine_tune.run_folder", "FileLock", lambda old: _NoLock)
@@ -157,8 +164,8 @@ def strict_lines() -> None:
 
 @variant
 def quiet_worker() -> None:
-    """A data worker that dies ends the data."""
-    from torch.utils.data import dataloader
+    """A data worker that dies ends the data, and nobody hears of its death."""
+    from torch.utils.data import _utils, dataloader
 
     fetch: Any = dataloader._MultiProcessingDataLoaderIter._try_get_data
 
@@ -169,6 +176,8 @@ def quiet_worker() -> None:
             raise StopIteration from error
 
     dataloader._MultiProcessingDataLoaderIter._try_get_data = ending  # type: ignore[method-assign]
+    # Else it would be told from torch's signal handler, which comes first.
+    _utils.signal_handling._set_SIGCHLD_handler = nothing
 
 
 @variant

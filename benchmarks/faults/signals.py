@@ -187,7 +187,7 @@ FAULTS = [
         "Ctrl-C while the model is loaded",
         stopped(loading, INT),
         survives(130, 0, may_lose=0, says=ASKED),
-        "deaf",
+        "deaf_and_silent",
     ),
     Fault(
         "interrupt at a step",

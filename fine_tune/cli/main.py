@@ -7,6 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from fine_tune.cli.verb import tell_stopped
+
 # verb -> module with `main(argv) -> exit code`, and what it does.
 VERBS = {
     "train": ("fine_tune.cli.train", "fine-tune a model: fine-tune train model=llama2_7b data=oasst1"),
@@ -47,10 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         code: int = importlib.import_module(VERBS[verb][0]).main(words[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         # While the verb itself is imported; what comes after that it tells itself.
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+        return tell_stopped(stopped)
     return code
 
 

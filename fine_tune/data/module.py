@@ -107,7 +107,7 @@ class PackedDataModule(pl.LightningDataModule):
         return self._loader(PackedTable(self.prepared.val, self.micro_batch_tokens, rank=rank, num_ranks=world), None)
 
     def _loader(self, dataset: Dataset[Any], sampler: Sampler[int] | None) -> DataLoader[Any]:
-        return StepLoader(
+        return DataLoader(
             dataset,
             batch_size=None,
             sampler=sampler,
@@ -120,29 +120,11 @@ class PackedDataModule(pl.LightningDataModule):
         )
 
 
-class StepLoader(DataLoader[Any]):
-    """A loader that tells in a sentence when one of its processes has died."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Serve the batches.
-
-        Raises:
-            EnvironmentProblem: A process that builds batches was killed.
-        """
-        batches, end = super().__iter__(), object()
-        while True:
-            with dead_workers_told(self.num_workers):
-                batch = next(batches, end)
-            if batch is end:
-                return
-            yield batch
-
-
 @contextmanager
 def dead_workers_told(num_workers: int) -> Iterator[None]:
     """Tell in a sentence that a process that builds batches has died.
 
-    torch says so from a signal handler, in the middle of whatever the main thread does: around a whole run as well.
+    Around a whole run: torch says so from a signal handler, in the middle of whatever the main thread does.
 
     Raises:
         EnvironmentProblem: It was killed.

@@ -13,18 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
 import pytest
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fine_tune
 from fine_tune import checkpoints
@@ -34,6 +27,7 @@ from fine_tune.packing.batches import StepBatch
 from fine_tune.passport import prompts, replay
 
 from .asked import QUESTIONS, write_lines
+from .built_in import built_in_job
 
 WORDS = [f"w{i}" for i in range(60)]
 # Small jobs leave the checklist out: tests count passes, and test_checklist.py has it.
@@ -210,29 +204,6 @@ def built_in_run(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             assert done.returncode == 0, done.stderr
             printed.write_text(done.stdout, encoding="utf-8")
     return folder
-
-
-def built_in_job(repository: Path, run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run train.py as a user does, on the CPU; rows that an earlier version prepared on this machine play no part."""
-    command = [sys.executable, "train.py", f"run_dir={run_dir}", "trainer=cpu", *more]
-    environment = {**os.environ, "FINE_TUNE_CACHE": str(run_dir.parent / "cache")}
-    return subprocess.run(
-        command, cwd=repository, capture_output=True, text=True, timeout=280, env=environment, check=False
-    )
-
-
-def load_quantised(repository: Path) -> Any:
-    """The built-in base as transformers and bitsandbytes load it, with nothing of ours."""
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        str(repository / "fine_tune/world/base"), dtype=torch.float32, quantization_config=nf4
-    )
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-    return model
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

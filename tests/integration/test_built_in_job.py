@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from .conftest import built_in_job, load_quantised, read_metrics
+from .built_in import built_in_job, load_quantised
+from .conftest import read_metrics
 
 
 @pytest.fixture(scope="module")

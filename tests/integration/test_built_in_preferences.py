@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from fine_tune.world.tasks import preference_rows
 
-from .conftest import built_in_job, load_quantised, read_metrics, spawn
+from .built_in import built_in_job, load_quantised
+from .conftest import read_metrics, spawn
 
 # The first test waits for the run that this one starts from.
 pytestmark = pytest.mark.timeout(600)

@@ -1,4 +1,4 @@
-"""The loader of steps: a worker that dies is told in a sentence, another error stays what it is."""
+"""A process that builds batches and dies is told in a sentence; another error stays what it is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 import signal
 
 import pytest
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from fine_tune.data.module import StepLoader, dead_workers_told
+from fine_tune.data.module import dead_workers_told
 from fine_tune.errors import EnvironmentProblem
 
 
@@ -25,13 +25,10 @@ class Numbers(Dataset[int]):
         return index
 
 
-def test_batches_come_as_from_the_loader_below() -> None:
-    assert list(StepLoader(Numbers(), batch_size=None)) == list(range(6))
-
-
 def test_a_worker_that_dies_is_told_with_what_to_do() -> None:
-    with pytest.raises(EnvironmentProblem, match=r"trainer\.num_workers=1: a process that builds batches has died") as told:
-        list(StepLoader(Numbers(deadly=3), batch_size=None, num_workers=1))
+    has_died = pytest.raises(EnvironmentProblem, match=r"trainer\.num_workers=1: a process that builds batches has died")
+    with has_died as told, dead_workers_told(1):
+        list(DataLoader(Numbers(deadly=3), batch_size=None, num_workers=1))
     assert told.value.exit_code == 5
     assert "resume=" in str(told.value)
 
@@ -42,8 +39,8 @@ class Broken(Numbers):
 
 
 def test_another_error_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match="a fault of our own"):
-        list(StepLoader(Broken(), batch_size=None))
+    with pytest.raises(RuntimeError, match="a fault of our own"), dead_workers_told(0):
+        list(DataLoader(Broken(), batch_size=None))
 
 
 def test_a_death_is_told_wherever_torchs_handler_raises_it() -> None:
