@@ -16,12 +16,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fine_tune.kernels import frozen_linear, lora, segment_attention
 from fine_tune.models.adapter import causal_lm
 from fine_tune.models.base import decoder
+from fine_tune.models.compiler import compiled
 from fine_tune.models.fused_lora import fuse, fuse_frozen, trains_fused
 from fine_tune.models.offload import OffloadedInputs
 
 Recompute = Literal["none", "selective", "full"]
-# One layer is compiled anew for few things (length bounds, dtypes); the default limit of 8 is soon reached.
-RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -134,13 +133,6 @@ class _Compiled:
             self.shared.give_up_compiling(error)
             out = self.module._call_impl(hidden, *args, **kwargs)
         return out.detach() if self.shared.detached else out
-
-
-def compiled(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile for inputs of any length; layers are alike, so one graph serves all of them."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    made: Callable[..., Any] = torch.compile(step, dynamic=True)
-    return made
 
 
 def _step(layer: nn.Module, shared: LayerRuns) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers import models as token_models
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fine_tune.losses.sft import sft_loss
 from fine_tune.models import attention
@@ -88,3 +89,15 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "base"
     llama().save_pretrained(str(folder))
     return folder
+
+
+@pytest.fixture(scope="module")
+def exact_norm() -> Iterator[None]:
+    """Keep transformers' norm in float64; it goes through float32 otherwise and rounds there."""
+
+    def forward(self: LlamaRMSNorm, states: Tensor) -> Tensor:
+        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlamaRMSNorm, "forward", forward)
+        yield

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from fine_tune.kernels import lora, segment_attention
 from fine_tune.models import execution
@@ -24,6 +23,7 @@ from fine_tune.packing.batches import MicroBatch
 from .layered_policy import COMPILED, EAGER, LAYERS, MICROS, compiling_with, policy
 
 pytestmark = [
+    pytest.mark.usefixtures("exact_norm"),
     # torch 2.13's own tracing asks itself for what it deprecates.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -53,18 +53,6 @@ def alike(found: list[Passed], expected: list[Passed], tolerance: float) -> None
         assert one.loss == pytest.approx(other.loss, abs=tolerance)
         assert (one.gradient - other.gradient).norm() <= tolerance * other.gradient.norm()
         assert other.gradient.norm() > 1e-2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exact_norm() -> Iterator[None]:
-    """Keep transformers' norm in float64; it goes through float32 otherwise and rounds there."""
-
-    def forward(self: LlamaRMSNorm, states: Tensor) -> Tensor:
-        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LlamaRMSNorm, "forward", forward)
-        yield
 
 
 @pytest.fixture(scope="module")
