@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fine_tune.kernels.capability import is_ampere
+from fine_tune.kernels.whole_blocks import read_in_whole_blocks
 
 DENSE = "dense"
 
@@ -35,6 +36,7 @@ class FrozenWeight:
             return cls((weight,), DENSE) if plain else None
         if state.quant_type not in ("nf4", "fp4") or state.absmax is None:
             return None
+        read_in_whole_blocks()
         if state.state2 is None:
             return cls((weight, state.absmax), f"{state.quant_type}/{state.blocksize}/0")
         nested = (weight, state.absmax, state.state2.code, state.state2.absmax, state.offset)

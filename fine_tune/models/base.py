@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from fine_tune.errors import ConfigError, EnvironmentProblem, MemoryExhausted
+from fine_tune.kernels.whole_blocks import read_in_whole_blocks
 from fine_tune.models import attention
 
 # Heads whose logits are more than weight @ hidden + bias: the chunked head would be silently wrong for them.
@@ -83,6 +84,7 @@ def _quantization(spec: BaseSpec) -> BitsAndBytesConfig:
         ) from error
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
+    read_in_whole_blocks()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quant_type,
