@@ -66,10 +66,13 @@ def load_base(spec: BaseSpec) -> PreTrainedModel:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise EnvironmentProblem(f"{spec.folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     _refuse_unknown(model)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # bitsandbytes repacks 4-bit weights in a no-grad forward on such CPUs; later gradients would be wrong.
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not an attribute of every Module
+    # Also where a folder was 4-bit already, whatever was asked for.
+    four_bits = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for module in four_bits:
+        # bitsandbytes repacks 4-bit weights in a no-grad forward on such CPUs; later gradients would be wrong.
+        setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not an attribute of every Module
+    if four_bits:
+        read_in_whole_blocks()
     model.requires_grad_(False)
     model.train()
     return model
@@ -84,7 +87,6 @@ def _quantization(spec: BaseSpec) -> BitsAndBytesConfig:
         ) from error
     if spec.bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
-    read_in_whole_blocks()
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quant_type,

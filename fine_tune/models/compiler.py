@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
+from torch.utils.checkpoint import CheckpointPolicy
 
 # One layer is compiled anew for few things (length bounds, dtypes); the default limit of 8 is soon reached.
 RECOMPILE_LIMIT = 64
@@ -23,7 +24,8 @@ class InputsStay(CustomGraphPass):
     def __call__(self, graph: Graph) -> None:
         """Change the graph in place."""
         for node in graph.find_nodes(op="placeholder"):
-            node.meta.pop("recompute", None)
+            if node.meta.get("recompute") in (CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE):
+                del node.meta["recompute"]
 
     def uuid(self) -> bytes:
         """Name this pass in torch's cache of compiled graphs."""

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import get_hash_for_files
 from torch.fx import Graph
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fine_tune.models import compiler
 from fine_tune.models.compiler import InputsStay, compiled
 
 
@@ -49,24 +51,31 @@ def test_layers_are_compiled_with_equal_options(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(seen[0]["options"]["joint_custom_post_pass"], InputsStay)
 
 
-def marked() -> Graph:
+def marked(mark: CheckpointPolicy) -> Graph:
     graph = Graph()
     rows = graph.placeholder("rows")
     drawn = graph.call_function(torch.rand, (rows,))
     graph.output(drawn)
     for node in (rows, drawn):
-        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+        node.meta["recompute"] = mark
     return graph
 
 
-def test_the_mark_is_taken_off_inputs_and_off_nothing_else() -> None:
-    graph = marked()
+@pytest.mark.parametrize("mark", [CheckpointPolicy.PREFER_RECOMPUTE, CheckpointPolicy.MUST_RECOMPUTE])
+def test_the_mark_is_taken_off_inputs_and_off_nothing_else(mark: CheckpointPolicy) -> None:
+    graph = marked(mark)
     InputsStay()(graph)
     rows, drawn, _ = graph.nodes
     assert "recompute" not in rows.meta
-    assert drawn.meta["recompute"] == CheckpointPolicy.PREFER_RECOMPUTE
+    assert drawn.meta["recompute"] == mark
+
+
+def test_an_input_that_is_to_be_kept_keeps_its_mark() -> None:
+    graph = marked(CheckpointPolicy.MUST_SAVE)
+    InputsStay()(graph)
+    assert next(iter(graph.nodes)).meta["recompute"] == CheckpointPolicy.MUST_SAVE
 
 
 def test_torchs_cache_knows_the_pass_by_its_source() -> None:
-    assert InputsStay().uuid() == InputsStay().uuid()
-    assert InputsStay().uuid()
+    assert InputsStay().uuid() == get_hash_for_files((compiler.__file__,))
+    assert InputsStay().uuid() != get_hash_for_files((__file__,))

@@ -12,6 +12,7 @@ from torch import nn
 
 from fine_tune.errors import EnvironmentProblem
 from fine_tune.losses.sft import sft_loss
+from fine_tune.models import base
 from fine_tune.models.adapter import AdapterSpec, attach, causal_lm, trainable
 from fine_tune.models.base import load_base
 from fine_tune.models.forward import supervised_logps
@@ -32,6 +33,21 @@ def frozen_bytes(network: nn.Module) -> dict[str, bytes]:
         if state is not None:
             found[f"{name}.absmax"] = state.absmax.numpy().tobytes()
     return found
+
+
+def test_loading_has_rows_read_in_whole_blocks(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked for in 4 bits, or stored in 4 bits already."""
+    done: list[str] = []
+    monkeypatch.setattr(base, "read_in_whole_blocks", lambda: done.append("done"))
+    load_base(base_spec(base_folder))
+    assert done == []
+    load_base(base_spec(base_folder, bits=4)).save_pretrained(str(tmp_path))
+    assert done == ["done"]
+    stored = load_base(base_spec(tmp_path))
+    assert sum(isinstance(module, bnb.nn.Linear4bit) for module in stored.modules()) == 14
+    assert done == ["done", "done"]
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
