@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fine_tune.data.module import dead_workers_told
@@ -25,7 +26,9 @@ class Numbers(Dataset[int]):
         return index
 
 
-def test_a_worker_that_dies_is_told_with_what_to_do() -> None:
+def test_a_worker_that_dies_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Between looks at the workers, in seconds: torch's are five apart.
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     has_died = pytest.raises(EnvironmentProblem, match=r"trainer\.num_workers=1: a process that builds batches has died")
     with has_died as told, dead_workers_told(1):
         list(DataLoader(Numbers(deadly=3), batch_size=None, num_workers=1))
