@@ -206,6 +206,7 @@ PROMISES: dict[str, Promise] = {
         (
             "reliability/test_odd_places.py::test_where_no_run_can_be_is_told_before_a_weight_is_loaded",
             "reliability/test_odd_places.py::test_other_names_are_names",
+            "reliability/test_odd_places.py::test_a_cache_that_cannot_be_is_told_in_the_same_message_as_the_folder",
             "unit/preflight/test_machine.py::test_a_place_that_cannot_be_written_is_refused",
         ),
     ),

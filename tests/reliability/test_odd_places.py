@@ -23,7 +23,7 @@ class Reached(Exception):
 
 
 @pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Start a run in a folder of this name; its weights are never loaded."""
 
     def load(*_: Any, **__: Any) -> Any:
@@ -35,7 +35,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], An
     (tmp_path / "file").write_text("x")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "deeper")
     (tmp_path / "loop").symlink_to("loop")
-    return lambda name: fine_tune.train([*JOB, f"run_dir='{name}'"])
+    return lambda name, *more: fine_tune.train([*JOB, f"run_dir='{name}'", *more])
 
 
 REFUSED = {
@@ -60,6 +60,15 @@ def test_where_no_run_can_be_is_told_before_a_weight_is_loaded(start: Callable[[
     assert type(refused.value) is error
     assert name.split("\0")[0][:40] in str(refused.value)
     assert len(str(refused.value).splitlines()) <= 15
+
+
+def test_a_cache_that_cannot_be_is_told_in_the_same_message_as_the_folder(start: Callable[..., Any]) -> None:
+    with pytest.raises(FineTuneError) as refused:
+        start("file/run", "data.cache_dir=file")
+    told = str(refused.value)
+    assert "data.cache_dir=" in told
+    assert "is a file. Name a folder" in told
+    assert "file/run" in told
 
 
 @pytest.mark.parametrize("name", ["a b", "\u00fc \U0001f600 \u202ex", "-x", "d" * 255, "a'b".replace("'", "\\'"), "$HOME;`x`"])
