@@ -36,6 +36,7 @@ class FrozenWeight:
             return cls((weight,), DENSE) if plain else None
         if state.quant_type not in ("nf4", "fp4") or state.absmax is None:
             return None
+        # Merging quantises weights of its own, without a base that was loaded.
         read_in_whole_blocks()
         if state.state2 is None:
             return cls((weight, state.absmax), f"{state.quant_type}/{state.blocksize}/0")

@@ -84,8 +84,8 @@ def _read(folder: Path, *, trust_remote_code: bool) -> ModelShape:
                 config, trust_remote_code=trust_remote_code, attn_implementation="eager", dtype=torch.bfloat16
             )
         return shape_of(model)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, LookupError, ImportError) as error:
-        # Whatever a model does that has no meaning without values; nobody's weights are at stake here.
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ImportError) as error:
+        # Whatever a model does that has no meaning without values. Told with its reason: who asks goes on without a plan, or stops.
         said = next(iter(str(error).strip().splitlines()), "")
         raise UnknownShape(f"it does not run without weights: {type(error).__name__}: {said[:MAX_SAID]}") from error
 
